@@ -1,0 +1,48 @@
+# Every target sets itself up in .venv; `make setup` alone does nothing when that is done.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+QUICKSTART := runs/quickstart
+
+# The first Python 3.11 or 3.12 that really runs; PYTHON=... overrides.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+	&& echo $$p && break; done)
+
+.PHONY: help setup quickstart test test-all lint format clean
+
+help:
+	@echo "make quickstart  train CLIP on drawn scenes, score it, draw runs/quickstart/report.png"
+	@echo "make test        run the tests (slow ones left out; make test-all runs them too)"
+	@echo "make lint        ruff check and format check"
+	@echo "make setup       only create .venv and install everything"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed and was not found; install one, or: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Setting up $(VENV) with $(PYTHON) (about a minute, once)…"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+quickstart: setup
+	$(BIN)/python -m declip_jax.main --config configs/quickstart.py --workdir $(QUICKSTART)
+	$(BIN)/python -m declip_jax.report --workdir $(QUICKSTART)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,1 @@
+"""Pre-training of CLIP-family image-text models in JAX."""

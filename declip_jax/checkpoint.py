@@ -1,0 +1,216 @@
+"""Checkpoints: the training state, the position in the data, and the configuration.
+
+Orbax writes asynchronously and atomically. Beside the arrays lies a small JSON record with the
+step, the number of samples seen, the evaluation's metrics, the whole configuration, and a
+fingerprint of every leaf: array files whose bytes were flipped on disk would otherwise be restored
+without a word.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers
+
+from declip_jax.parallel.rules import path_name
+from declip_jax.state import TrainState
+
+# Settings of the model that change how it is computed, not what it is.
+_FREE = ("model.scan", "model.remat", "model.dtype")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: its message says why and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+      workdir: the run's folder; they go to `workdir/checkpoints`.
+      keep: how many of the newest to keep.
+      best_metric: also keep the best by this metric; "" for none.
+      read_only: never write, never delete.
+    """
+
+    def __init__(
+        self, workdir: Path, keep: int = 1, best_metric: str = "", *, read_only: bool = False
+    ):
+        self._folder = workdir.absolute() / "checkpoints"
+        policies = [checkpoint_managers.LatestN(keep)]
+        if best_metric:
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[best_metric],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._best_metric = best_metric
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                create=not read_only,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
+            ),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "record": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best(self, metric: str) -> int | None:
+        """The step whose checkpoint has the highest `metric`, or None."""
+        metrics = {step: self.record(step)["metrics"] for step in self.steps()}
+        scored = {step: found[metric] for step, found in metrics.items() if metric in found}
+        return max(scored, key=scored.get) if scored else None
+
+    def save(
+        self, state: TrainState, samples: int, config: ConfigDict, metrics: dict[str, float]
+    ) -> None:
+        """Starts writing `state`; a later `save` or `close` waits for it."""
+        step = int(state.step)
+        record = {
+            "step": step,
+            "samples": samples,
+            "metrics": metrics,
+            "config": json.loads(to_json(config)),
+            "fingerprint": _fingerprint(state),
+        }
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+            ),
+            metrics=metrics if self._best_metric in metrics else None,
+        )
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The JSON record of a step: step, samples, metrics, config, fingerprint."""
+        return self._manager.restore(
+            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        ).record
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Restores a step's state.
+
+        Args:
+          step: one of `steps()`.
+          like: ShapeDtypeStructs with shardings; the checkpoint may come from any other mesh.
+
+        Raises:
+          CheckpointError: leaves missing, unexpected or of another shape or dtype (each named), or
+            bytes that changed on disk.
+        """
+        self._check_leaves(step, like)
+        state = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        ).state
+        saved = self.record(step)["fingerprint"]
+        damaged = [name for name, value in _fingerprint(state).items() if saved[name] != value]
+        if damaged:
+            raise CheckpointError(
+                f"The checkpoint {self._folder / str(step)} is damaged: {', '.join(damaged)} "
+                "changed since it was written. Move that folder away to continue from the one "
+                f"before it (steps here: {self.steps()})."
+            )
+        return state
+
+    def _check_leaves(self, step: int, like: TrainState) -> None:
+        # Orbax casts another dtype without a word, and its error for a shape names no leaf.
+        metadata = self._manager.item_metadata(step)["state"]
+        saved = {path_name(p): (tuple(m.shape), np.dtype(m.dtype)) for p, m in _leaves(metadata)}
+        wanted = {path_name(p): (tuple(x.shape), np.dtype(x.dtype)) for p, x in _leaves(like)}
+        problems = [f"missing: {name}" for name in sorted(wanted.keys() - saved.keys())]
+        problems += [f"unexpected: {name}" for name in sorted(saved.keys() - wanted.keys())]
+        problems += [
+            f"{name}: saved as {saved[name][0]} {saved[name][1]}, "
+            f"expected {wanted[name][0]} {wanted[name][1]}"
+            for name in sorted(saved.keys() & wanted.keys())
+            if saved[name] != wanted[name]
+        ]
+        if problems:
+            shown = "\n  ".join(problems[:20])
+            more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise CheckpointError(
+                f"The checkpoint {self._folder / str(step)} does not fit the model and optimiser "
+                f"in hand:\n  {shown}{more}\nUse the configuration that it was trained with, or "
+                "another workdir."
+            )
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def to_json(config: ConfigDict) -> str:
+    return config.to_json_best_effort(indent=2)
+
+
+def config_differences(saved: dict[str, Any], config: ConfigDict) -> tuple[list[str], list[str]]:
+    """Compares a saved configuration with the one in hand.
+
+    Returns:
+      Two lists of "field: saved -> now": what makes it another model (`method`, `model`), and the
+      other settings.
+    """
+    old, new = _flat(saved), _flat(json.loads(to_json(config)))
+    model, other = [], []
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name, "(absent)") == new.get(name, "(absent)"):
+            continue
+        line = f"{name}: {old.get(name, '(absent)')!r} -> {new.get(name, '(absent)')!r}"
+        is_model = name == "method" or (name.startswith("model.") and name not in _FREE)
+        (model if is_model else other).append(line)
+    return model, other
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _leaves(tree) -> list:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _fingerprint(state: TrainState) -> dict[str, int]:
+    """A uint32 of every leaf's bits and their order; the same however the leaf is sharded."""
+    values = jax.device_get(_fingerprint_on_device(state))
+    return {path_name(path): int(value) for path, value in _leaves(values)}
+
+
+@jax.jit
+def _fingerprint_on_device(state):
+    def leaf(x):
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        bits = x.astype(jnp.uint32)
+        # Odd weights by position: flipping bits or moving values changes the sum. Integer sums
+        # are exact in any order, so the sharding does not matter.
+        weights = jnp.zeros(bits.shape, jnp.uint32)
+        for axis in range(bits.ndim):
+            index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            weights = weights * jnp.uint32(2654435761) + index
+        return (bits * (2 * weights + 1)).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(leaf, state)

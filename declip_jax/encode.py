@@ -1,0 +1,60 @@
+"""Encoding host batches of any size with a trained model, over all devices."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from declip_jax import augment
+from declip_jax.methods import Method
+from declip_jax.parallel.mesh import replicated, shard_batch
+
+
+class Encoder:
+    """Image and text features of a method's model as host arrays.
+
+    The parameters are set by `use`, so that one compiled program serves a whole training run.
+
+    Args:
+      method: whose model encodes.
+      config: the run's configuration (normalisation, `eval.batch_size`).
+      mesh: the batch is divided over its devices.
+    """
+
+    def __init__(self, method: Method, config, mesh: Mesh):
+        self._mesh = mesh
+        self._batch_size = config.eval.batch_size
+        self.context = config.model.text.context
+
+        def image(params, extra, batch):
+            pixels = batch["image"].astype("float32") / 255
+            pixels = augment.normalise(pixels, config.image_mean, config.image_std)
+            return method.encode_image(params, extra, pixels)
+
+        def text(params, extra, batch):
+            return method.encode_text(params, extra, batch["tokens"])
+
+        self._image = jax.jit(image, out_shardings=replicated(mesh))
+        self._text = jax.jit(text, out_shardings=replicated(mesh))
+
+    def use(self, params, extra) -> "Encoder":
+        self._params, self._extra = params, extra
+        return self
+
+    def encode_image(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, 3] -> float32 [N, D], unit rows."""
+        return self._batched(self._image, "image", images)
+
+    def encode_text(self, tokens: np.ndarray) -> np.ndarray:
+        """int32 [N, L] -> float32 [N, D], unit rows."""
+        return self._batched(self._text, "tokens", tokens)
+
+    def _batched(self, encode, name: str, rows: np.ndarray) -> np.ndarray:
+        features = []
+        for start in range(0, len(rows), self._batch_size):
+            block = rows[start : start + self._batch_size]
+            # Always the same shape, so one compiled program; the padding's features are cut off.
+            padded = np.zeros((self._batch_size, *rows.shape[1:]), rows.dtype)
+            padded[: len(block)] = block
+            out = encode(self._params, self._extra, shard_batch({name: padded}, self._mesh))
+            features.append(np.asarray(out)[: len(block)])
+        return np.concatenate(features)

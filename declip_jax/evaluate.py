@@ -1,0 +1,136 @@
+"""Evaluate a trained model.
+
+  python -m declip_jax.evaluate --workdir runs/quickstart --task zeroshot --data scenes
+  python -m declip_jax.evaluate --workdir runs/mine --task retrieval --data data/mine --split test
+
+The model is the newest checkpoint of the workdir (or --step N, or --step best), its moving average
+if it has one.
+Prints a table and, as the last line, one JSON object.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def load(workdir: Path, step: str = "newest"):
+    """Loads a trained model.
+
+    Args:
+      workdir: of a run.
+      step: of the checkpoint: a number, "newest" or "best" (by the run's own best metric).
+
+    Returns:
+      (config, encoder, step): the run's configuration, an `Encoder` in use of the model.
+
+    Raises:
+      ValueError: no workdir, no checkpoint, or none of that step.
+    """
+    from declip_jax.checkpoint import Checkpoints
+    from declip_jax.encode import Encoder
+    from declip_jax.train import Setup
+
+    if not (workdir / "checkpoints").is_dir():
+        raise ValueError(f"--workdir={workdir} holds no checkpoints: train there first.")
+    checkpoints = Checkpoints(workdir, read_only=True)
+    steps = checkpoints.steps()
+    if not steps:
+        raise ValueError(f"--workdir={workdir} holds no complete checkpoint yet.")
+    if step == "newest":
+        chosen = steps[-1]
+    elif step == "best":
+        metric = checkpoints.record(steps[-1])["config"]["checkpoint"]["best_metric"]
+        chosen = checkpoints.best(metric)
+    else:
+        chosen = int(step) if step.isdecimal() else None
+    if chosen not in steps:
+        raise ValueError(
+            f"--step={step} is not a checkpoint of {workdir}: expected one of {steps}, 'newest', "
+            "or 'best' if the run had a config.checkpoint.best_metric."
+        )
+    config = ConfigDict(checkpoints.record(chosen)["config"])
+    config.mesh = dict(data=-1, fsdp=1)  # this machine's devices, not those of the training
+    setup = Setup(config)
+    state = checkpoints.restore(chosen, setup.abstract_state)
+    checkpoints.close()
+    encoder = Encoder(setup.method, config, setup.mesh).use(state.eval_params, state.extra)
+    return config, encoder, chosen
+
+
+def read_class_names(path: Path) -> list[str]:
+    """One class a line, in the order of the labels; empty lines are left out."""
+    if not path.is_file():
+        raise ValueError(f"--classes={path}: no such file; expected one class name a line.")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [name for name in names if name]
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """Runs the task of the command line and returns its metrics."""
+    from declip_jax.evals import suite
+
+    config, encoder, step = load(args.workdir, args.step)
+    settings = config.eval[args.task]
+    settings.source = args.data
+    settings.split = args.split or settings.split
+    if args.templates:
+        settings.templates = tuple(args.templates)
+    reading = dict(
+        resolution=config.model.image.resolution,
+        resize=config.eval.resize,
+        batch_size=config.eval.batch_size,
+    )
+    if args.task == "zeroshot" and args.classes:
+        reading["class_names"] = read_class_names(args.classes)
+    metrics = suite.TASKS[args.task](settings, **reading)(encoder)
+    return {
+        "task": args.task,
+        "data": args.data,
+        "split": settings.split,
+        "workdir": str(args.workdir),
+        "step": step,
+        **metrics,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m declip_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of a training run")
+    parser.add_argument("--task", required=True, choices=("zeroshot", "retrieval"))
+    parser.add_argument("--data", required=True, help="folder that `prepare` wrote, or 'scenes'")
+    parser.add_argument("--split", help="default: the one in the run's configuration")
+    parser.add_argument("--step", default="newest", help="a number, 'best', or 'newest' (default)")
+    parser.add_argument(
+        "--classes", type=Path, help="zeroshot: file of class names, one a line, by label"
+    )
+    parser.add_argument(
+        "--template",
+        action="append",
+        dest="templates",
+        help="zeroshot: prompt such as 'a photo of a {}.'; may be given several times",
+    )
+    args = parser.parse_args()
+    try:
+        metrics = evaluate(args)
+    except ValueError as error:
+        logging.debug("where it was raised", exc_info=True)
+        sys.exit(f"error: {error}")
+    from declip_jax.metrics import table
+
+    print(f"{args.task} on {args.data} ({metrics['split']}), step {metrics['step']}:")
+    print(
+        table({name: x for name, x in metrics.items() if name != "step" and not isinstance(x, str)})
+    )
+    print(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Losses: pure functions of global arrays. No mesh, no rank, no parameters."""

@@ -1,0 +1,37 @@
+"""Train a model.
+
+  python -m declip_jax.main --config configs/quickstart.py --workdir runs/quickstart
+
+Any field of the configuration can be set: --config.optim.peak_lr=5e-4. Started again with the
+same workdir, a run continues where it stopped.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, e.g. configs/quickstart.py or configs/quickstart.py:tiny."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for checkpoints, metrics and logs of this run."
+)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set as --config.a.b=c")
+    from declip_jax.train import train  # after the flags: --help need not wait for JAX
+
+    try:
+        train(_CONFIG.value, Path(_WORKDIR.value))
+    except (ValueError, FloatingPointError) as error:
+        logging.debug("where it was raised", exc_info=True)
+        sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,22 @@
+"""Methods: each a value with a few pure functions. `build` looks one up by its name."""
+
+from declip_jax.methods import clip
+from declip_jax.methods.base import Aux, Method, Views
+
+METHODS = {"clip": clip.build}
+
+
+def build(config) -> Method:
+    """Builds the method named by `config.method`.
+
+    Raises:
+      ValueError: unknown method, or a model or loss setting that it cannot take.
+    """
+    if config.method not in METHODS:
+        raise ValueError(
+            f"config.method={config.method!r} is not a method; expected one of {sorted(METHODS)}."
+        )
+    return METHODS[config.method](config)
+
+
+__all__ = ["METHODS", "Aux", "Method", "Views", "build"]

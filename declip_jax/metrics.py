@@ -1,0 +1,170 @@
+"""What a run shows: metrics to the console, JSONL and TensorBoard, throughput, progress."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+
+class MetricWriter:
+    """Writes scalars to `metrics.jsonl` and TensorBoard event files in the workdir.
+
+    A restarted run appends; `resume_step` cuts away lines of steps that will be done again, so
+    that each step stands in the file once.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int):
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            _drop_after(path, resume_step)
+        self._jsonl = path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1, write_to_disk=True)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._jsonl.flush()
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._jsonl.close()
+        self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+class Meter:
+    """Averages the steps' metrics between two reports and measures throughput.
+
+    Metrics stay on the device until `report`; `add` waits for the step before last, so that the
+    host is never more than two steps ahead and the time it waits for data is told truthfully.
+    """
+
+    def __init__(self, batch_size: int, total_steps: int):
+        self._batch_size = batch_size
+        self._total_steps = total_steps
+        self._seconds_per_step = None  # a slow moving average, for the time left
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new window; call it after anything that is not training."""
+        self._pending = []
+        self._data_seconds = 0.0
+        self._start = time.perf_counter()
+
+    def waited(self, seconds: float) -> None:
+        """Counts `seconds` that the loop spent waiting for a batch."""
+        self._data_seconds += seconds
+
+    def discount(self, seconds: float) -> None:
+        """Leaves `seconds` out of the window, e.g. those spent compiling."""
+        self._start += seconds
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        self._pending.append(metrics)
+        if len(self._pending) > 2:
+            jax.block_until_ready(self._pending[-3])
+
+    def report(self, step: int) -> dict[str, float]:
+        """Mean of each metric since the last report, and throughput; begins a new window."""
+        steps = len(self._pending)
+        pending = jax.device_get(self._pending)
+        scalars = {
+            f"train/{name}": float(np.mean([metrics[name] for metrics in pending]))
+            for name in pending[0]
+        }
+        elapsed = time.perf_counter() - self._start
+        per_step = elapsed / steps
+        if self._seconds_per_step is None:
+            self._seconds_per_step = per_step
+        self._seconds_per_step += 0.3 * (per_step - self._seconds_per_step)
+        scalars |= {
+            "train/pairs_per_s": self._batch_size / per_step,
+            "train/pairs_per_s_per_device": self._batch_size / per_step / jax.device_count(),
+            "train/data_wait_share": self._data_seconds / elapsed,
+            "train/seconds_left": self._seconds_per_step * (self._total_steps - step),
+        }
+        self.restart()
+        return scalars
+
+
+class Progress:
+    """Progress for a person: one line that rewrites itself on a terminal, else a line a report."""
+
+    def __init__(self, total_steps: int, stream=None):
+        self._total = total_steps
+        self._stream = stream or sys.stdout
+        self._rewrites = self._stream.isatty()
+        self._width = 0
+
+    def show(self, step: int, scalars: Mapping[str, float]) -> None:
+        line = (
+            f"step {step:>{len(str(self._total))}}/{self._total}"
+            f"  loss {scalars['train/loss']:.4f}"
+            f"  top-1 {100 * scalars['train/top1']:.1f} %"
+            f"  lr {scalars['train/learning_rate']:.2e}"
+            f"  {scalars['train/pairs_per_s']:,.0f} pairs/s"
+            f"  data wait {100 * scalars['train/data_wait_share']:.0f} %"
+            f"  {duration(scalars['train/seconds_left'])} left"
+        )
+        if self._rewrites:
+            self._stream.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._width:
+            self._stream.write("\n")
+            self._width = 0
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "1d 02:03:04", "2:03:04" or "3:04"."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02}:{minute:02}:{second:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def table(rows: Mapping[str, float]) -> str:
+    """Evaluation metrics as lines of name and value; shares (0..1 floats) as percentages."""
+    width = max(len(name) for name in rows)
+    return "\n".join(
+        f"  {name:<{width}}  " + (f"{100 * value:7.2f} %" if _is_share(name) else f"{value:9,.6g}")
+        for name, value in rows.items()
+    )
+
+
+def _is_share(name: str) -> bool:
+    return not name.endswith(("images", "texts", "median_rank", "classes"))

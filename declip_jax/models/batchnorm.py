@@ -1,0 +1,62 @@
+"""Batch normalisation over the global batch or over groups of it (Ioffe and Szegedy,
+https://arxiv.org/abs/1502.03167), with torch's running statistics."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+MOMENTUM = 0.1
+EPSILON = 1e-5
+
+
+class BatchNorm(nn.Module):
+    """Normalise x [B, ..., C] over all axes but the last, computed in float32.
+
+    In training the statistics are those of the batch: under jit of the whole global batch, or,
+    with `group_size` > 0, of each group of that many consecutive examples, which is what
+    unsynchronised training with that many examples a GPU computes. The running statistics (in
+    "batch_stats": mean, var) keep 1 - MOMENTUM of the old value and take the rest from the batch
+    mean and the *unbiased* batch variance. Over groups they take the average of the groups'
+    statistics, where published checkpoints hold those of the first GPU alone.
+
+    Raises:
+      ValueError: in training, B is not a multiple of group_size, or a channel has a single value.
+    """
+
+    group_size: int = 0
+    dtype: jnp.dtype = jnp.float32
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        shape, channels = x.shape, x.shape[-1]
+        scale = self.param("scale", self.scale_init, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        x = x.astype(jnp.float32)
+        if train:
+            group = self.group_size or shape[0]
+            if shape[0] % group:
+                raise ValueError(
+                    f"bn_group_size={group} does not divide the batch of {shape[0]} examples: "
+                    "choose a divisor, or 0 for statistics over the whole batch"
+                )
+            x = x.reshape(-1, group, *shape[1:])  # [B, ..., C] -> [G, B/G, ..., C]
+            count = math.prod(x.shape[1:-1])
+            if count < 2:
+                raise ValueError("batch statistics need more than one value a channel, got 1")
+            axes = tuple(range(1, x.ndim - 1))
+            mean = x.mean(axes, keepdims=True)  # [G, 1, ..., C]
+            var = jnp.square(x - mean).mean(axes, keepdims=True)
+            if not self.is_initializing():
+                unbiased = var * (count / (count - 1))
+                for running, batch in ((running_mean, mean), (running_var, unbiased)):
+                    batch = batch.reshape(-1, channels).mean(axis=0)  # [G, 1, ..., C] -> [C]
+                    running.value = (1 - MOMENTUM) * running.value + MOMENTUM * batch
+        else:
+            mean, var = running_mean.value, running_var.value
+        x = (x - mean) * (jax.lax.rsqrt(var + EPSILON) * scale) + bias
+        return x.reshape(shape).astype(self.dtype)

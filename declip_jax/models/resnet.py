@@ -1,0 +1,124 @@
+"""The ResNet of CLIP (Radford et al., https://arxiv.org/abs/2103.00020): a three-convolution stem,
+average pooling before every stride (anti-aliasing), attention in place of the last pooling."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from declip_jax.models.batchnorm import BatchNorm
+from declip_jax.models.init import conv_kernel, linear_bias
+
+
+def _pool(x: jax.Array, stride: int) -> jax.Array:
+    """Average over stride x stride windows, [B, h, w, C] -> [B, h/stride, w/stride, C]."""
+    return nn.avg_pool(x, (stride, stride), (stride, stride)) if stride > 1 else x
+
+
+class Bottleneck(nn.Module):
+    """[B, h, w, C] -> [B, h/stride, w/stride, 4 * width]."""
+
+    width: int
+    stride: int
+    bn_group_size: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        conv = functools.partial(
+            nn.Conv, use_bias=False, kernel_init=conv_kernel, dtype=self.dtype
+        )
+        norm = functools.partial(BatchNorm, self.bn_group_size, self.dtype)
+        y = conv(self.width, (1, 1), name="conv1")(x)
+        y = nn.relu(norm(name="bn1")(y, train))
+        y = conv(self.width, (3, 3), padding=1, name="conv2")(y)
+        y = nn.relu(norm(name="bn2")(y, train))
+        y = conv(4 * self.width, (1, 1), name="conv3")(_pool(y, self.stride))
+        # A zero gamma makes the block the identity at the start.
+        y = norm(scale_init=nn.initializers.zeros, name="bn3")(y, train)
+        if self.stride > 1 or x.shape[-1] != 4 * self.width:
+            x = conv(4 * self.width, (1, 1), name="downsample_conv")(_pool(x, self.stride))
+            x = norm(name="downsample_bn")(x, train)
+        return nn.relu(x + y)
+
+
+class AttentionPool(nn.Module):
+    """[B, h, w, C] -> [B, embed_dim]: attention over the cells, queried by their mean."""
+
+    heads: int
+    embed_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, channels = x.shape
+        cells = height * width
+        normal = nn.initializers.normal(channels**-0.5)
+        dense = functools.partial(
+            nn.Dense, kernel_init=normal, bias_init=linear_bias(channels), dtype=self.dtype
+        )
+        x = x.reshape(batch, cells, channels)  # [B, h, w, C] -> [B, h*w, C]
+        mean = x.mean(axis=1, dtype=jnp.float32, keepdims=True)
+        x = jnp.concatenate([mean, x], axis=1)  # [B, h*w + 1, C]
+        x = x + self.param("positional_embedding", normal, (cells + 1, channels))
+        per_head = (batch, -1, self.heads, channels // self.heads)  # [B, T, C] -> [B, T, H, C/H]
+        query = dense(channels, name="q_proj")(x[:, :1]).reshape(per_head)
+        key = dense(channels, name="k_proj")(x).reshape(per_head)
+        value = dense(channels, name="v_proj")(x).reshape(per_head)
+        x = jax.nn.dot_product_attention(query, key, value)  # [B, 1, H, C/H]
+        return dense(self.embed_dim, name="c_proj")(x.reshape(batch, channels))
+
+
+class ModifiedResNet(nn.Module):
+    """Images [B, resolution, resolution, 3] -> features [B, embed_dim].
+
+    The last map has 1/32 of the resolution and 32 * width channels.
+
+    Raises:
+      ValueError: the images are not resolution x resolution; the positions are learned for it.
+    """
+
+    resolution: int
+    width: int
+    layers: tuple[int, int, int, int]
+    heads: int
+    bn_group_size: int
+    embed_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        height, width = images.shape[1:3]
+        if (height, width) != (self.resolution, self.resolution):
+            raise ValueError(
+                f"images are {height}x{width} pixels, but model.image.resolution="
+                f"{self.resolution}: resize the images or change the resolution"
+            )
+        x = images
+        for n, (channels, stride) in enumerate(
+            ((self.width // 2, 2), (self.width // 2, 1), (self.width, 1)), start=1
+        ):
+            x = nn.Conv(
+                channels,
+                (3, 3),
+                strides=stride,
+                padding=1,
+                use_bias=False,
+                kernel_init=conv_kernel,
+                dtype=self.dtype,
+                name=f"conv{n}",
+            )(x)
+            norm = BatchNorm(self.bn_group_size, self.dtype, name=f"bn{n}")
+            x = nn.relu(norm(x, train))
+        x = _pool(x, 2)
+        for stage, depth in enumerate(self.layers):
+            for block in range(depth):
+                x = Bottleneck(
+                    width=self.width * 2**stage,
+                    stride=2 if stage > 0 and block == 0 else 1,
+                    bn_group_size=self.bn_group_size,
+                    dtype=self.dtype,
+                    name=f"layer{stage + 1}_{block}",
+                )(x, train)
+        return AttentionPool(self.heads, self.embed_dim, self.dtype, name="attnpool")(x)

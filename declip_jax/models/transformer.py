@@ -1,0 +1,138 @@
+"""Pre-LayerNorm residual attention blocks, shared by the image and the text transformer.
+
+Parameters are float32, the residual stream and the matrix products are in `dtype`, LayerNorm and
+the attention's softmax are computed in float32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from declip_jax.models.init import linear_bias
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+
+# What the backward pass finds saved of a block: everything; the outputs of the four dense layers
+# (not the [B, heads, T, T] attention weights); the block's input only.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+LayerNorm = functools.partial(
+    nn.LayerNorm, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False
+)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, T, width] -> [B, T, width]."""
+
+    heads: int
+    causal: bool
+    out_std: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, length, width = x.shape
+        normal = nn.initializers.normal
+        qkv = nn.Dense(
+            3 * width, dtype=self.dtype, kernel_init=normal(width**-0.5), name="in_proj"
+        )(x)
+        qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)  # [B, T, 3, H, w/H]
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        x = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+        x = x.reshape(batch, length, width)  # [B, T, H, w/H] -> [B, T, w]
+        return nn.Dense(
+            width, dtype=self.dtype, kernel_init=normal(self.out_std), name="out_proj"
+        )(x)
+
+
+class Mlp(nn.Module):
+    """Two dense layers with a hidden width of 4 * width, [B, T, width] -> [B, T, width]."""
+
+    activation: str
+    out_std: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        normal = nn.initializers.normal
+        x = nn.Dense(
+            4 * width,
+            dtype=self.dtype,
+            kernel_init=normal((2 * width) ** -0.5),
+            bias_init=linear_bias(width),
+            name="c_fc",
+        )(x)
+        x = ACTIVATIONS[self.activation](x)
+        return nn.Dense(
+            width,
+            dtype=self.dtype,
+            kernel_init=normal(self.out_std),
+            bias_init=linear_bias(4 * width),
+            name="c_proj",
+        )(x)
+
+
+class Block(nn.Module):
+    """One pre-LayerNorm block as the body of a scan: [B, T, width] -> ([B, T, width], None)."""
+
+    heads: int
+    causal: bool
+    out_std: float
+    activation: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        attention = Attention(self.heads, self.causal, self.out_std, self.dtype, name="attn")
+        x = x + attention(LayerNorm(name="ln_1")(x))
+        mlp = Mlp(self.activation, self.out_std, self.dtype, name="mlp")
+        x = x + mlp(LayerNorm(name="ln_2")(x))
+        return x, None
+
+
+def blocks(
+    *,
+    layers: int,
+    width: int,
+    heads: int,
+    causal: bool,
+    activation: str,
+    dtype: jnp.dtype,
+    scan: bool,
+    remat: str,
+    name: str,
+) -> nn.Module:
+    """A stack of `layers` blocks; called with x [B, T, width] it returns (x, None).
+
+    Every parameter is stacked over the layers on axis 0, whatever `scan` says, so that a
+    checkpoint does not depend on it: `scan=True` compiles one block and loops over it (quick to
+    compile), `scan=False` unrolls the loop (the compiler may do better across blocks).
+
+    Args:
+      activation: a key of ACTIVATIONS.
+      remat: a key of REMAT, what the backward pass recomputes.
+    """
+    block = Block
+    if remat != "none":
+        # Inside a loop nothing is there for common-subexpression elimination to merge with.
+        block = nn.remat(Block, policy=REMAT[remat], prevent_cse=not scan)
+    stack = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=layers,
+        unroll=1 if scan else layers,
+    )
+    # The residual branches' last layers shrink with depth, to keep the stream's variance.
+    out_std = width**-0.5 * (2 * layers) ** -0.5
+    return stack(heads, causal, out_std, activation, dtype, name=name)

@@ -1,0 +1,1 @@
+"""The device mesh, how arrays lie on it, and how host batches get there."""

@@ -1,0 +1,67 @@
+"""Rules over parameter names: one matcher for sharding, weight decay and freezing."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# (pattern, layout): the first pattern found in a leaf's path decides. "fsdp" divides the longest
+# dimension that the axis divides evenly; leaves with none are replicated.
+SHARDING_RULES = (
+    (r"(^|/)(step|rng|count|logit_scale)$", "replicated"),
+    (r"/batch_stats/", "replicated"),
+    (r"(bias|scale)$", "replicated"),
+    (r"(kernel|embedding)$", "fsdp"),
+)
+
+
+def path_name(path) -> str:
+    """A pytree key path as "image/blocks/ln_1/scale"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def match(tree: Any, rules: Sequence[tuple[str, Any]], what: str) -> Any:
+    """Gives every leaf the value of the first rule whose pattern is found in its path.
+
+    Args:
+      tree: any pytree.
+      rules: (regular expression, value) pairs.
+      what: the rules' name, for the error.
+
+    Raises:
+      ValueError: leaves that no rule covers, by name.
+    """
+    compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    uncovered = []
+
+    def value_of(path, _):
+        name = path_name(path)
+        for pattern, value in compiled:
+            if pattern.search(name):
+                return value
+        uncovered.append(name)
+
+    values = jax.tree_util.tree_map_with_path(value_of, tree)
+    if uncovered:
+        raise ValueError(
+            f"{what} covers no pattern for: {', '.join(uncovered)}. "
+            f"Add a rule for each; the patterns are {[pattern for pattern, _ in rules]}."
+        )
+    return values
+
+
+def shardings(tree: Any, mesh: Mesh, rules=SHARDING_RULES) -> Any:
+    """NamedShardings for a pytree of arrays or ShapeDtypeStructs, by `rules`."""
+
+    def place(layout, leaf):
+        spec = [None] * len(leaf.shape)
+        size = mesh.shape["fsdp"]
+        if layout == "fsdp" and size > 1:
+            dims = [d for d in range(len(spec)) if leaf.shape[d] % size == 0]
+            if dims:
+                spec[max(dims, key=lambda d: leaf.shape[d])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(place, match(tree, rules, "SHARDING_RULES"), tree)

@@ -1,0 +1,32 @@
+"""The training state: one pytree that holds all that a step reads and writes."""
+
+from typing import Any
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a run needs to continue exactly, but for the position in the data.
+
+    Attributes:
+      step: int32 scalar, optimiser steps done.
+      params: what the optimiser updates.
+      opt_state: the optimiser's own state.
+      extra: all other state of the method (BN statistics, support set, running means).
+      ema: exponential moving average of the parameters, or None when it is off.
+      rng: key that, folded with `step`, gives every random number of a step.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    extra: Any
+    ema: Any
+    rng: jax.Array
+
+    @property
+    def eval_params(self):
+        """The parameters to evaluate with: the moving average if there is one."""
+        return self.params if self.ema is None else self.ema

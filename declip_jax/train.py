@@ -1,0 +1,353 @@
+"""Training: set-up and loop. The step knows no method by name."""
+
+import difflib
+import math
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import clu.parameter_overview
+import jax
+import jax.numpy as jnp
+import optax
+from absl import logging
+from jax.sharding import Mesh
+
+from declip_jax import augment, methods, optim
+from declip_jax.checkpoint import CheckpointError, Checkpoints, config_differences, to_json
+from declip_jax.data.pipeline import train_batches
+from declip_jax.data.sources import open_source
+from declip_jax.encode import Encoder
+from declip_jax.evals import suite
+from declip_jax.metrics import Meter, MetricWriter, Progress, duration, table
+from declip_jax.parallel import rules
+from declip_jax.parallel.mesh import check_batch_size, make_mesh, shard_batch
+from declip_jax.state import TrainState
+
+
+def make_init(method: methods.Method, tx: optax.GradientTransformation, config):
+    """Returns init() -> TrainState, a pure function of `config.seed`."""
+
+    def init() -> TrainState:
+        init_rng, step_rng = jax.random.split(jax.random.PRNGKey(config.seed))
+        params, extra = method.init(init_rng)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=tx.init(params),
+            extra=extra,
+            ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
+            rng=step_rng,
+        )
+
+    return init
+
+
+def make_train_step(method: methods.Method, tx, schedule, frozen: Any, config):
+    """Returns step(state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    Args:
+      method: whose loss is minimised.
+      tx: the optimiser.
+      schedule: its learning rate, for the metrics.
+      frozen: True for each parameter that takes no gradient.
+      config: the run's configuration.
+    """
+    views = [config.views[name] for name in method.views.image]
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array]):
+        augment_rng, loss_rng = jax.random.split(jax.random.fold_in(state.rng, state.step))
+        images = augment.augment(
+            augment_rng, batch["image"], views, config.image_mean, config.image_std
+        )
+
+        def loss(params):
+            # Frozen parameters are constants: XLA then drops their part of the backward pass.
+            params = jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
+            return method.loss(params, state.extra, {**batch, "image": images}, loss_rng)
+
+        (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = method.project(optax.apply_updates(state.params, updates))
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
+        metrics = {
+            **aux.metrics,
+            "learning_rate": schedule(state.step),
+            "logit_scale": jnp.exp(state.params["logit_scale"]),
+            "grad_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+        }
+        state = state.replace(
+            step=state.step + 1, params=params, opt_state=opt_state, extra=aux.extra, ema=ema
+        )
+        return state, metrics
+
+    return train_step
+
+
+class Setup:
+    """All that is built from the configuration before anything runs.
+
+    Attributes:
+      method, mesh, tx, schedule, frozen: see the modules that make them.
+      abstract_state: the TrainState's shapes, dtypes and shardings.
+    """
+
+    def __init__(self, config, devices=None):
+        self.config = config
+        self.mesh: Mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+        self.method = methods.build(config)
+        params, _ = jax.eval_shape(self.method.init, jax.random.PRNGKey(0))
+        self.tx, self.schedule = optim.make_optimizer(config, params)
+        self.frozen = optim.frozen_mask(config, params)
+        self._init = make_init(self.method, self.tx, config)
+        abstract = jax.eval_shape(self._init)
+        self.abstract_state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            rules.shardings(abstract, self.mesh),
+        )
+
+    @property
+    def state_shardings(self):
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    def init_state(self) -> TrainState:
+        """A new state, born sharded."""
+        return jax.jit(self._init, out_shardings=self.state_shardings)()
+
+    def jit_train_step(self):
+        step = make_train_step(self.method, self.tx, self.schedule, self.frozen, self.config)
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))
+
+
+def train(config, workdir: Path) -> TrainState:
+    """Trains until `config.total_steps`, continuing from the workdir's newest checkpoint.
+
+    SIGINT and SIGTERM end the run after the step in hand with a checkpoint; the same call
+    continues. Every ValueError is about the configuration or the data, and names the field.
+
+    Returns:
+      The last state.
+    """
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    progress = Progress(config.total_steps)
+    setup = Setup(config)
+    check_config(config, setup.mesh, setup.method.views.image)
+    tasks = suite.build(config) if config.eval.every else []
+    best_metric = config.checkpoint.best_metric
+    check_best_metric(best_metric, tasks)
+    source = open_source(config.data.source, config.data.split)
+
+    prepare_workdir(workdir)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep, best_metric)
+    latest = checkpoints.latest()
+    if latest is None:
+        state, samples = setup.init_state(), 0
+    else:
+        record = checkpoints.record(latest)
+        check_same_model(record["config"], config, workdir, progress)
+        state, samples = checkpoints.restore(latest, setup.abstract_state), record["samples"]
+        if latest >= config.total_steps:
+            progress.say(
+                f"{workdir} is finished: step {latest} of {config.total_steps}. To train on, set "
+                "config.total_steps higher; to start anew, choose another workdir."
+            )
+            checkpoints.close()
+            return state
+        progress.say(f"Continuing {workdir} from step {latest} ({samples:,} pairs seen).")
+    (workdir / "config.json").write_text(to_json(config), encoding="utf-8")
+    logging.info("\n%s", clu.parameter_overview.get_parameter_overview(state.params))
+    progress.say(
+        f"{config.method}: {clu.parameter_overview.count_parameters(state.params):,} parameters, "
+        f"{setup.mesh.size} × {setup.mesh.devices.flat[0].device_kind}, mesh "
+        f"{dict(setup.mesh.shape)}, {len(source):,} records in {config.data.source!r}."
+    )
+
+    step = int(state.step)
+    train_step = setup.jit_train_step()
+    encoder = Encoder(setup.method, config, setup.mesh)
+    batches = train_batches(
+        source,
+        image_views=[config.views[name] for name in setup.method.views.image],
+        text_views=setup.method.views.text,
+        resolution=config.model.image.resolution,
+        context=config.model.text.context,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_sample=samples,
+        shard=(jax.process_index(), jax.process_count()),
+        workers=config.data.workers,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+    )
+    writer = MetricWriter(workdir, step)
+    meter = Meter(config.batch_size, config.total_steps)
+    profile = Profile(config.profile.steps, workdir)
+    saved = first = step
+    started = time.perf_counter()
+
+    with Interrupt(progress) as interrupt:
+        while step < config.total_steps and not interrupt.asked:
+            profile.before(step + 1)
+            waiting = time.perf_counter()
+            batch = next(batches)
+            meter.waited(time.perf_counter() - waiting)
+
+            calling = time.perf_counter()
+            state, metrics = train_step(state, shard_batch(batch, setup.mesh))
+            if step == first:  # the first call compiles: not a matter of throughput
+                meter.discount(time.perf_counter() - calling)
+                progress.say(f"First step after {duration(time.perf_counter() - started)}.")
+            meter.add(metrics)
+            step += 1
+            samples += config.batch_size
+            profile.after(step, metrics)
+
+            last = step == config.total_steps
+            evaluates = bool(tasks) and (last or step % config.eval.every == 0)
+            saves = last or step % config.checkpoint.every == 0 or (evaluates and best_metric)
+            if not (evaluates or saves or interrupt.asked or step % config.log_every == 0):
+                continue
+            scalars = meter.report(step)
+            progress.show(step, scalars)
+            check_finite(scalars, step, checkpoints)
+            evaluation = {}
+            if evaluates:
+                evaluation = suite.run(tasks, encoder.use(state.eval_params, state.extra))
+                progress.say(f"Evaluation at step {step}:\n{table(evaluation)}")
+            writer.write(step, scalars | evaluation)
+            if saves:
+                checkpoints.save(state, samples, config, evaluation)
+                saved = step
+            meter.restart()
+
+    if saved != step:
+        checkpoints.save(state, samples, config, {})
+    checkpoints.close()
+    writer.close()
+    batches.close()
+    if step < config.total_steps:
+        progress.say(f"Interrupted at step {step} and saved. The same command continues.")
+    else:
+        progress.say(
+            f"Finished step {step} in {duration(time.perf_counter() - started)}: {workdir} holds "
+            "checkpoints, metrics.jsonl and TensorBoard events."
+        )
+    return state
+
+
+class Interrupt:
+    """While open, the first SIGINT or SIGTERM only sets `asked`; a second SIGINT stops at once."""
+
+    def __init__(self, progress: Progress):
+        self.asked = False
+        self._progress = progress
+
+    def __enter__(self) -> "Interrupt":
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame):
+        del frame
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._progress.say("Stopping after this step (interrupt again to stop without saving).")
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Profile:
+    """An XLA profile of steps first … last, written where TensorBoard's profile plugin looks."""
+
+    def __init__(self, steps: tuple[int, ...], workdir: Path):
+        self._first, self._last = steps or (None, None)
+        self._workdir = workdir
+        self._running = False
+
+    def before(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(str(self._workdir))
+            self._running = True
+
+    def after(self, step: int, metrics) -> None:
+        if self._running and step == self._last:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+def check_config(config, mesh: Mesh, image_views: tuple[str, ...]) -> None:
+    """Raises ValueError, naming the field, for what no module that is built later would refuse."""
+    for name in ("batch_size", "eval.batch_size"):
+        check_batch_size(f"config.{name}", config[name], mesh)
+    for name in ("total_steps", "log_every", "checkpoint.every", "checkpoint.keep"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name}={config[name]} must be at least 1.")
+    if config.eval.every < 0:
+        raise ValueError(f"config.eval.every={config.eval.every} must be >= 0 (0: never).")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"config.ema_decay={config.ema_decay} must lie in 0 … 1 (0: no average).")
+    for name in image_views:
+        augment.check_view(name, config.views[name])
+    steps = config.profile.steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise ValueError(
+            f"config.profile.steps={tuple(steps)} must be (first, last) with 1 <= first <= last, "
+            "or () for no profile."
+        )
+
+
+def check_best_metric(name: str, tasks: list) -> None:
+    """Raises ValueError unless `name` is empty or a metric that `tasks` compute."""
+    known = [f"val/{task.name}/{metric}" for task in tasks for metric in task.metrics]
+    if name and name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        raise ValueError(
+            f"config.checkpoint.best_metric={name!r} is not computed during training; "
+            + (f"did you mean {close[0]!r}? " if close else "")
+            + f"The evaluations of this run give {known or 'nothing (config.eval.every is 0)'}."
+        )
+
+
+def check_same_model(saved: dict[str, Any], config, workdir: Path, progress: Progress) -> None:
+    """Raises CheckpointError if the saved run is of another model; tells of other changes."""
+    model, other = config_differences(saved, config)
+    if model:
+        raise CheckpointError(
+            f"{workdir} holds a run of another model (saved -> now):\n  "
+            + "\n  ".join(model)
+            + "\nUse its configuration, or another workdir."
+        )
+    if other:
+        progress.say("Continuing with changed settings (saved -> now):\n  " + "\n  ".join(other))
+
+
+def check_finite(scalars: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
+    """Raises FloatingPointError if the loss is not a number any more; nothing is overwritten."""
+    if not math.isfinite(scalars["train/loss"]):
+        raise FloatingPointError(
+            f"The loss is {scalars['train/loss']} at step {step}. The checkpoints of steps "
+            f"{checkpoints.steps()} are untouched: continue from one with a lower "
+            "config.optim.peak_lr, a longer warm-up, or config.optim.clip_norm=1."
+        )
+
+
+def prepare_workdir(workdir: Path) -> None:
+    """Creates `workdir`. Raises ValueError if it cannot be written to."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--workdir={workdir} cannot be written to ({error.strerror}): choose another folder."
+        ) from error

@@ -1,0 +1,67 @@
+"""The package's layers: who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "declip_jax"
+
+# Parts of the package that each part may use besides itself; parts not named here may use all.
+ALLOWED = {
+    "losses": set(),
+    "models": set(),
+    "state": set(),
+    "data": set(),
+    "methods": {"losses", "models"},
+    "interop": {"models"},
+    "evals": {"data"},
+    "parallel": set(),
+    "optim": {"parallel"},
+    "augment": set(),
+    "metrics": set(),
+}
+STACK = {"jax", "flax", "optax", "numpy"}  # all that losses, models and state need
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_import_rules(path):
+    part = part_of(path)
+    for name in imports(path):
+        top, *rest = name.split(".")
+        assert top not in ("configs", "tests", "tensorflow", "torch"), name
+        if top == "declip_jax" and rest and part in ALLOWED:
+            assert rest[0] in ALLOWED[part] | {part}, f"{part} must not use {name}"
+        if part in ("losses", "models", "state"):
+            assert top in STACK | {"declip_jax"} or top in __import__("sys").stdlib_module_names
+
+
+def test_no_method_imports_another():
+    shared = {"base", "__init__"}
+    names = {p.stem for p in (PACKAGE / "methods").glob("*.py")} - shared
+    for name in names:
+        for imported in imports(PACKAGE / "methods" / f"{name}.py"):
+            other = imported.removeprefix("declip_jax.methods").strip(".").split(".")[0]
+            assert other not in names - {name}, f"{name} imports {imported}"
+
+
+def test_every_allowed_part_exists():
+    assert ALLOWED.keys() <= {part_of(path) for path in FILES}

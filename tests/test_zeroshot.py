@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+
+from declip_jax.evals.prompts import GENERAL
+from declip_jax.evals.zeroshot import class_embeddings, zeroshot
+
+
+def _unit(features):
+    return features / np.linalg.norm(features, axis=-1, keepdims=True)
+
+
+def _tokenize(texts):
+    return np.array([[ord(letter) for letter in text[:8].ljust(8)] for text in texts], np.int32)
+
+
+def _encode_text(tokens):
+    return _unit(tokens.astype(np.float32) - 80)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_class_embeddings_equal_plain_numpy(batch_size):
+    names, templates = ["cat", "dog", "{}"], ["a {}.", "{} {}", "the {}"]
+    sizes = []
+
+    def encode_text(tokens):
+        sizes.append(len(tokens))
+        return _encode_text(tokens)
+
+    embeddings = class_embeddings(encode_text, _tokenize, names, templates, batch_size)
+    expected = [
+        _unit(_encode_text(_tokenize([f"a {name}.", f"{name} {name}", f"the {name}"])).mean(axis=0))
+        for name in names
+    ]
+    np.testing.assert_allclose(embeddings, expected, rtol=1e-6)
+    assert embeddings.dtype == np.float32
+    assert max(sizes) <= batch_size and sum(sizes) == 9
+
+
+def test_class_embeddings_refuse_unusable_prompts():
+    def run(names, templates):
+        class_embeddings(_encode_text, _tokenize, names, templates, 8)
+
+    run(["cat"], GENERAL)
+    with pytest.raises(ValueError, match="class_names is empty"):
+        run([], GENERAL)
+    with pytest.raises(ValueError, match="crane"):
+        run(["crane", "cat", "crane"], GENERAL)
+    with pytest.raises(ValueError, match="templates is empty"):
+        run(["cat"], [])
+    with pytest.raises(ValueError, match="'a photo of a dog' has no {}"):
+        run(["cat"], ["a {}", "a photo of a dog"])
+
+
+def _encode_image(image):
+    """The features are in the pixels, on a grid on which dot products are exact."""
+    return image.reshape(len(image), -1)[:, :48].astype(np.float32) / 8 - 16
+
+
+def _batches(image, label, size):
+    for start in range(0, len(image), size):
+        yield {"image": image[start : start + size], "label": label[start : start + size]}
+
+
+@pytest.mark.parametrize("size", [7, 500])
+def test_zeroshot_equals_plain_numpy(size):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (500, 4, 4, 3), np.uint8)
+    classes = rng.integers(-8, 9, (30, 48)).astype(np.float32) / 8
+    classes[20:] = classes[:10]  # ten classes tie with another for every image
+    scores = _encode_image(image) @ classes.T
+    # labels near the top, so that no metric is 0 or 1; the last three classes have no images
+    label = np.argsort(-scores, axis=1)[np.arange(500), rng.integers(0, 9, 500)].astype(np.int32)
+    label[label >= 27] -= 20
+    order = np.argsort(-scores, axis=1, kind="stable")
+    top1 = order[:, 0] == label
+    per_class = [top1[label == c].mean() for c in range(30) if (label == c).any()]
+    assert len(per_class) < 30
+
+    metrics = zeroshot(_encode_image, _batches(image, label, size), classes)
+    assert metrics == {
+        "top1": top1.mean(),
+        "top5": (order[:, :5] == label[:, None]).any(axis=1).mean(),
+        "mean_per_class": pytest.approx(np.mean(per_class)),
+        "images": 500,
+    }
+    assert 0 < metrics["top1"] < metrics["top5"] < 1
+
+
+def test_top5_of_fewer_classes():
+    image = np.zeros((4, 4, 4, 3), np.uint8)
+    classes = np.ones((3, 48), np.float32)
+    metrics = zeroshot(_encode_image, _batches(image, np.array([0, 1, 2, 2]), 4), classes)
+    assert metrics == {
+        "top1": 0.25,
+        "top5": 1.0,
+        "mean_per_class": pytest.approx(1 / 3),
+        "images": 4,
+    }
+
+
+def test_zeroshot_refuses_unusable_sets():
+    image, classes = np.zeros((2, 4, 4, 3), np.uint8), np.ones((3, 48), np.float32)
+    with pytest.raises(ValueError, match="empty"):
+        zeroshot(_encode_image, [], classes)
+    with pytest.raises(ValueError, match="no classes.*class folders"):
+        zeroshot(_encode_image, [{"image": image}], classes)
+    for wrong in (3, -1):
+        with pytest.raises(ValueError, match=rf"label {wrong} is outside \[0, 3\)"):
+            zeroshot(_encode_image, [{"image": image, "label": np.array([0, wrong])}], classes)
+    with pytest.raises(ValueError, match="not finite"):
+        zeroshot(_encode_image, [{"image": image, "label": np.array([0, 1])}], classes * np.nan)
