@@ -1,12 +1,12 @@
 """Checkpoints: the training state, the position in the data, and the configuration.
 
 Orbax writes asynchronously and atomically. Beside the arrays lies a small JSON record with the
-step, the number of samples seen, the evaluation's metrics, the whole configuration, and a
-fingerprint of every leaf: array files whose bytes were flipped on disk would otherwise be restored
-without a word.
+step, the number of samples seen, the whole configuration, and a fingerprint of every leaf: array
+files whose bytes were flipped on disk would otherwise be restored without a word.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +42,18 @@ class Checkpoints:
         self, workdir: Path, keep: int = 1, best_metric: str = "", *, read_only: bool = False
     ):
         self._folder = workdir.absolute() / "checkpoints"
+
+        def score(metrics: dict[str, float]) -> float:
+            return metrics.get(best_metric, -math.inf)  # most checkpoints have no evaluation
+
         policies = [checkpoint_managers.LatestN(keep)]
         if best_metric:
-            policies.append(
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[best_metric],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        self._best_metric = best_metric
+            policies.append(checkpoint_managers.BestN(get_metric_fn=score, n=1))
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                best_fn=score if best_metric else None,  # has Orbax keep the metrics on disk
                 create=not read_only,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
@@ -74,7 +72,7 @@ class Checkpoints:
 
     def best(self, metric: str) -> int | None:
         """The step whose checkpoint has the highest `metric`, or None."""
-        metrics = {step: self.record(step)["metrics"] for step in self.steps()}
+        metrics = {step: self._manager.metrics(step) or {} for step in self.steps()}
         scored = {step: found[metric] for step, found in metrics.items() if metric in found}
         return max(scored, key=scored.get) if scored else None
 
@@ -86,7 +84,6 @@ class Checkpoints:
         record = {
             "step": step,
             "samples": samples,
-            "metrics": metrics,
             "config": json.loads(to_json(config)),
             "fingerprint": _fingerprint(state),
         }
@@ -95,11 +92,11 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
             ),
-            metrics=metrics if self._best_metric in metrics else None,
+            metrics=metrics,
         )
 
     def record(self, step: int) -> dict[str, Any]:
-        """The JSON record of a step: step, samples, metrics, config, fingerprint."""
+        """The JSON record of a step: step, samples, config, fingerprint."""
         return self._manager.restore(
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         ).record

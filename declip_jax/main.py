@@ -25,6 +25,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set as --config.a.b=c")
     from declip_jax.train import train  # after the flags: --help need not wait for JAX
 
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
     try:
         train(_CONFIG.value, Path(_WORKDIR.value))
     except (ValueError, FloatingPointError) as error:

@@ -38,13 +38,26 @@ class MetricWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    """The lines of a `metrics.jsonl`; a last one cut short by a kill, or still being written, is
+    left out.
+
+    Raises:
+      ValueError: another line that is not an object with a "step", by number.
+    """
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or "step" not in row:
+            raise ValueError(
+                f'{path}:{number}: expected an object with a "step", got {line[:80]!r}'
+            )
+        rows.append(row)
     return rows
 
 

@@ -1,7 +1,12 @@
-"""Draws a run on one page: its curves, and captions with the images they find."""
+"""Draw a run on one page: its curves, and captions with the images they find.
 
-import json
-import textwrap
+  python -m declip_jax.report --workdir runs/quickstart
+
+writes report.png into the workdir and says what the model learned.
+"""
+
+import argparse
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +15,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+
+from declip_jax.data.pipeline import eval_images
+from declip_jax.data.sources import open_source
+from declip_jax.data.tokenizer import tokenize
+from declip_jax.evals.retrieval import top_matches
+from declip_jax.evaluate import load
+from declip_jax.metrics import read_metrics, table
 
 # A panel: its title, whether it shows fractions, and for each curve its name in metrics.jsonl, its
 # label and its line. Retrieval has a colour for each k and a dash for the other way.
@@ -24,21 +36,21 @@ PANELS = (
         "Zero-shot classification",
         True,
         (
-            ("val/zeroshot/top1", "top-1", "C0.-"),
-            ("val/zeroshot/top5", "top-5", "C1.-"),
-            ("val/zeroshot/mean_per_class", "mean per class", "C2.--"),
+            ("val/zeroshot/top1", "top-1", "C0-"),
+            ("val/zeroshot/top5", "top-5", "C1-"),
+            ("val/zeroshot/mean_per_class", "mean per class", "C2--"),
         ),
     ),
     (
         "Retrieval",
         True,
         (
-            ("val/retrieval/text_to_image_r1", "to image R@1", "C0.-"),
-            ("val/retrieval/text_to_image_r5", "to image R@5", "C1.-"),
-            ("val/retrieval/text_to_image_r10", "to image R@10", "C2.-"),
-            ("val/retrieval/image_to_text_r1", "to text R@1", "C0.--"),
-            ("val/retrieval/image_to_text_r5", "to text R@5", "C1.--"),
-            ("val/retrieval/image_to_text_r10", "to text R@10", "C2.--"),
+            ("val/retrieval/text_to_image_r1", "text to image R@1", "C0-"),
+            ("val/retrieval/text_to_image_r5", "text to image R@5", "C1-"),
+            ("val/retrieval/text_to_image_r10", "text to image R@10", "C2-"),
+            ("val/retrieval/image_to_text_r1", "image to text R@1", "C0--"),
+            ("val/retrieval/image_to_text_r5", "image to text R@5", "C1--"),
+            ("val/retrieval/image_to_text_r10", "image to text R@10", "C2--"),
         ),
     ),
 )
@@ -84,8 +96,9 @@ def write_report(
         top = HEADER + PANEL * (number // 2)
         page.text(left, top + 8, title, size=12, weight="bold")
         # Labels of the ticks stand left of the axes, those of the curves right of them.
-        axes = page.axes(left + 50, top + 40, COLUMN - 240, PANEL - 90)
+        axes = page.axes(left + 50, top + 40, COLUMN - 280, PANEL - 90)
         _draw_curves(axes, curves, lines, fractions)
+        axes.set_xlim(0, 1.02 * max(curves["step"]) or 1)  # the same in every panel
 
     top = HEADER + curves_height
     if gallery:
@@ -128,21 +141,10 @@ class _Page:
 
 def _read_curves(metrics_path: Path) -> dict[str, dict[int, float]]:
     """Returns for each name its value at each step, steps rising."""
-    lines = metrics_path.read_text(encoding="utf-8").splitlines()
     curves = defaultdict(dict)
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break  # a running job is still writing it
-            raise ValueError(f"{metrics_path}:{number}: not JSON ({error})") from error
-        if not isinstance(record, dict) or "step" not in record:
-            raise ValueError(
-                f'{metrics_path}:{number}: expected an object with a "step", got {line[:80]!r}'
-            )
-        for name, value in record.items():
-            curves[name][record["step"]] = value
+    for row in read_metrics(metrics_path):
+        for name, value in row.items():
+            curves[name][row["step"]] = value
     return {name: dict(sorted(values.items())) for name, values in curves.items()}
 
 
@@ -167,13 +169,14 @@ def _draw_curves(axes: Axes, curves: dict, lines: tuple, fractions: bool) -> Non
             continue
         steps = np.array(list(curves[name].keys()))
         values = np.array(list(curves[name].values()), float)
+        marker = "." if len(values) <= 50 else None  # a lone value has no line
         window = len(values) // 50
         if window > 1:  # single batches scatter: show them pale, and their running mean
             axes.plot(steps, values, line, alpha=0.25, linewidth=0.8)
             steps = steps[window - 1 :]
             values = np.convolve(values, np.full(window, 1 / window), mode="valid")
         last = f"{values[-1]:.1%}" if fractions else f"{values[-1]:.3f}"
-        axes.plot(steps, values, line, linewidth=1.8, label=f"{label}  {last}")
+        axes.plot(steps, values, line, marker=marker, linewidth=1.8, label=f"{label}  {last}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9")
     axes.tick_params(labelsize=9, length=0)
@@ -187,15 +190,87 @@ def _draw_curves(axes: Axes, curves: dict, lines: tuple, fractions: bool) -> Non
 
 
 def _draw_matches(page: _Page, left: int, top: int, caption: str, matches: Sequence) -> None:
-    cell = COLUMN / 5
-    shown = textwrap.shorten(caption, 94, placeholder=" …")
+    caption = " ".join(caption.split())
+    shown = caption if len(caption) <= 92 else caption[:91] + "…"
     page.text(left, top, f"“{shown}”", size=11)
     for rank, (image, is_right) in enumerate(matches):
-        axes = page.axes(left + cell * rank + 4, top + 28, cell - 12, ENTRY - 76)
-        axes.imshow(image)
-        axes.set(xticks=[], yticks=[], anchor="N")
+        axes = page.axes(left + COLUMN / 5 * rank + 2, top + 28, 138, 138)
+        height, width, _ = image.shape
+        side = min(height, width)  # the centre square: what evaluation shows the model
+        y, x = (height - side) // 2, (width - side) // 2
+        axes.imshow(image[y : y + side, x : x + side])
+        axes.set(xticks=[], yticks=[])
         colour = RIGHT if is_right else WRONG
         for spine in axes.spines.values():
             spine.set(color=colour, linewidth=4 if is_right else 2)
         # Not by colour alone.
         axes.set_xlabel(f"{rank + 1}  {'✓' if is_right else '✗'}", size=10, color=colour)
+
+
+def make_gallery(config, encoder, images: int, captions: int) -> list:
+    """Captions of the run's retrieval set, each with the five images it finds best.
+
+    Args:
+      config: of the run; without a `config.eval.retrieval.source`, its training data is used.
+      encoder: encodes images and tokens.
+      images: how many of the set to search, from its first.
+      captions: how many to show, spread evenly over those images.
+    """
+    settings = config.eval.retrieval if config.eval.retrieval.source else config.data
+    source = open_source(settings.source, settings.split)
+    pixels, texts = [], []
+    for batch in eval_images(
+        source,
+        resolution=config.model.image.resolution,
+        resize=config.eval.resize,
+        batch_size=config.eval.batch_size,
+    ):
+        pixels.extend(batch["image"])
+        texts.extend(own[-1] for own in batch["captions"])
+        if len(pixels) >= images:
+            break
+    pixels, texts = np.stack(pixels[:images]), texts[:images]
+    shown = np.linspace(0, len(texts) - 1, min(captions, len(texts)), dtype=int)
+    found = top_matches(
+        encoder.encode_text(tokenize([texts[i] for i in shown], encoder.context)),
+        encoder.encode_image(pixels),
+        k=5,
+    )
+    return [
+        (texts[i], [(pixels[j], bool(j == i)) for j in matches])
+        for i, matches in zip(shown, found, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m declip_jax.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of a training run")
+    parser.add_argument("--out", type=Path, help="default: report.png in the workdir")
+    parser.add_argument("--images", type=int, default=256, help="how many to search (256)")
+    parser.add_argument("--captions", type=int, default=12, help="how many to show (12)")
+    args = parser.parse_args()
+    out = args.out or args.workdir / "report.png"
+    try:
+        config, encoder, step = load(args.workdir)
+        gallery = make_gallery(config, encoder, args.images, args.captions)
+        write_report(args.workdir / "metrics.jsonl", gallery, out)
+        evaluated = [
+            {name: value for name, value in row.items() if name.startswith("val/")}
+            for row in read_metrics(args.workdir / "metrics.jsonl")
+        ]
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    evaluated = [row for row in evaluated if row]
+    if evaluated:
+        print(f"What the model learned, at its last evaluation (step {step} is its newest):")
+        print(table(evaluated[-1]))
+    print(f"Curves and pictures: {out}")
+    print(f"All curves:          tensorboard --logdir {args.workdir}  (pip install tensorboard)")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,6 @@ import clu.parameter_overview
 import jax
 import jax.numpy as jnp
 import optax
-from absl import logging
 from jax.sharding import Mesh
 
 from declip_jax import augment, methods, optim
@@ -162,9 +161,9 @@ def train(config, workdir: Path) -> TrainState:
             return state
         progress.say(f"Continuing {workdir} from step {latest} ({samples:,} pairs seen).")
     (workdir / "config.json").write_text(to_json(config), encoding="utf-8")
-    logging.info("\n%s", clu.parameter_overview.get_parameter_overview(state.params))
+    progress.say(clu.parameter_overview.get_parameter_overview(state.params))
     progress.say(
-        f"{config.method}: {clu.parameter_overview.count_parameters(state.params):,} parameters, "
+        f"{config.method}: {int(clu.parameter_overview.count_parameters(state.params)):,} parameters, "
         f"{setup.mesh.size} × {setup.mesh.devices.flat[0].device_kind}, mesh "
         f"{dict(setup.mesh.shape)}, {len(source):,} records in {config.data.source!r}."
     )

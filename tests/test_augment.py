@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import common
 
+from configs import common
 from declip_jax import augment
 
 KEY = jax.random.PRNGKey(0)

@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import common
 from jax.sharding import NamedSharding, PartitionSpec
 
+from configs import common
 from declip_jax.checkpoint import CheckpointError, Checkpoints, config_differences, to_json
 from declip_jax.parallel.mesh import make_mesh
 from declip_jax.parallel.rules import shardings
@@ -15,7 +15,10 @@ CONFIG = common.get_config("tiny")
 
 def state(step=1, width=16, seed=0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
-    params = {"logit_scale": jnp.float32(2.5), "proj": {"kernel": jnp.asarray(rng.normal(size=(8, width)), dtype)}}
+    params = {
+        "logit_scale": jnp.float32(2.5),
+        "proj": {"kernel": jnp.asarray(rng.normal(size=(8, width)), dtype)},
+    }
     return TrainState(
         step=jnp.int32(step),
         params=params,

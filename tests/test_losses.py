@@ -22,9 +22,7 @@ def clip_loss_in_float64(image, text, scale):
 
 def test_clip_loss_equals_the_equation():
     image, text = features(9), features(9, seed=1)
-    ours = contrastive.clip_loss(
-        jnp.float32(image), jnp.float32(text), jnp.float32(14.2857)
-    )
+    ours = contrastive.clip_loss(jnp.float32(image), jnp.float32(text), jnp.float32(14.2857))
     np.testing.assert_allclose(ours, clip_loss_in_float64(image, text, 14.2857), rtol=1e-6)
 
 

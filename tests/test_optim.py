@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import common
 
+from configs import common
 from declip_jax import optim
 
 
@@ -31,7 +31,9 @@ def test_published_schedule():
         np.testing.assert_allclose(learning_rate(n - 1), value, rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("schedule, middle", [("linear", 0.55), ("constant", 1.0), ("cosine", 0.55)])
+@pytest.mark.parametrize(
+    "schedule, middle", [("linear", 0.55), ("constant", 1.0), ("cosine", 0.55)]
+)
 def test_other_schedules(schedule, middle):
     c = config(schedule=schedule, peak_lr=1.0, end_lr=0.1, warmup_steps=0)
     c.total_steps = 100
@@ -72,7 +74,9 @@ def test_first_adamw_update_by_hand_with_decay_and_freezing():
     updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
     # After bias correction the first step is the gradient's sign; decay 0.1 · parameter where
     # the rules say so.
-    np.testing.assert_allclose(updates["text"]["token_embedding"]["embedding"], -0.5 * 1.1, rtol=1e-5)
+    np.testing.assert_allclose(
+        updates["text"]["token_embedding"]["embedding"], -0.5 * 1.1, rtol=1e-5
+    )
     np.testing.assert_allclose(updates["text"]["proj"]["bias"], -0.5, rtol=1e-5)
     np.testing.assert_allclose(updates["image"]["ln"]["scale"], -0.5, rtol=1e-5)
     np.testing.assert_allclose(updates["logit_scale"], -0.5, rtol=1e-5)

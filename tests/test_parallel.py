@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import common
+from jax.sharding import PartitionSpec
 
+from configs import common
 from declip_jax import augment
 from declip_jax.parallel import mesh as meshes
 from declip_jax.parallel import rules
@@ -61,7 +62,9 @@ def test_sharded_equals_one_device(kind, shape, one_device):
     (loss, extra, grads), state = loss_and_gradients(kind, jax.devices(), *shape)
     one_loss, one_extra, one_grads = one_device[kind]
     np.testing.assert_allclose(loss, one_loss, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), extra, one_extra)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), extra, one_extra
+    )
     whole = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(one_grads)))
     for (path, ours), expected in zip(
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(one_grads), strict=True
@@ -102,5 +105,5 @@ def test_fsdp_divides_the_longest_dimension_that_it_can():
     mesh = meshes.make_mesh(2, 4)
     tree = {"kernel": jnp.zeros((2, 8, 12)), "embedding": jnp.zeros((3, 5))}
     placed = rules.shardings(tree, mesh)
-    assert placed["kernel"].spec == (None, None, "fsdp")
-    assert placed["embedding"].spec == (None, None)
+    assert placed["kernel"].spec == PartitionSpec(None, None, "fsdp")
+    assert placed["embedding"].spec == PartitionSpec(None, None)

@@ -25,10 +25,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-SHAPES = (
-    *("circle", "square", "triangle", "star", "heart"),
-    *("ring", "crescent", "cross", "arrow", "diamond"),
-)
+SHAPES = "circle square triangle star heart ring crescent cross arrow diamond".split()
 COLOURS = {
     "red": (215, 30, 35),
     "orange": (250, 130, 10),
@@ -40,91 +37,102 @@ COLOURS = {
     "pink": (250, 130, 195),
 }
 TEXTURES = ("solid", "striped", "dotted", "checked")
-SIZES = ("small", "large")
-BACKGROUNDS = ("white", "grey", "black")
-PLACES = (  # row by row in a 3 x 3 grid
-    *("at the top left", "at the top", "at the top right"),
-    *("on the left", "in the middle", "on the right"),
-    *("at the bottom left", "at the bottom", "at the bottom right"),
+SIZES = {"small": 0.13, "large": 0.21}  # radius, of the image side
+BACKGROUNDS = {"white": 225, "grey": 135, "black": 30}  # brightness
+PLACES = (
+    ("at the top left", "at the top", "at the top right"),
+    ("on the left", "in the middle", "on the right"),
+    ("at the bottom left", "at the bottom", "at the bottom right"),
 )
-# Captions use either word.
 SYNONYMS = {
-    **{"circle": "disc", "ring": "hoop", "crescent": "moon", "cross": "plus sign"},
-    **{"diamond": "rhombus", "cyan": "turquoise", "purple": "violet", "solid": "plain"},
-    **{"striped": "stripy", "dotted": "spotted", "checked": "chequered"},
-    **{"small": "little", "large": "big", "below": "under", "in the middle": "in the centre"},
-    **{"at the top left": "in the upper left corner", "at the top": "near the top edge"},
-    **{"at the top right": "in the upper right corner", "on the left": "on the left side"},
-    **{"at the bottom left": "in the lower left corner", "at the bottom": "near the bottom edge"},
-    **{"at the bottom right": "in the lower right corner", "on the right": "on the right side"},
+    "circle": "disc",
+    "ring": "hoop",
+    "crescent": "moon",
+    "cross": "plus sign",
+    "diamond": "rhombus",
+    "cyan": "turquoise",
+    "purple": "violet",
+    "solid": "plain",
+    "striped": "stripy",
+    "dotted": "spotted",
+    "checked": "chequered",
+    "small": "little",
+    "large": "big",
+    "in the middle": "in the centre",
+    "at the top left": "in the upper left corner",
+    "at the top right": "in the upper right corner",
+    "at the bottom left": "in the lower left corner",
+    "at the bottom right": "in the lower right corner",
+    "below": "under",
+    "left of": "to the left of",
+    "right of": "to the right of",
 }
 CLASS_NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 SPLITS = {"train": 10_000_000, "test": 1_000, "zeroshot": 10 * len(CLASS_NAMES)}
-CAPTIONS = 5  # an image
+CAPTIONS = 5  # of an image
 
-_RADIUS = (0.13, 0.21)  # by size, of the image side
-_CENTRE = ((0.2, 0.5, 0.8), (0.27, 0.5, 0.73))  # by size, then by row or column
+# Where the middle of an object lies, by its row or column in PLACES: large ones keep off the edge.
+_CENTRES = {"small": (0.2, 0.5, 0.8), "large": (0.27, 0.5, 0.73)}
 
 
 class Thing(NamedTuple):
-    """An object: indices into SHAPES, COLOURS, TEXTURES and SIZES."""
+    """An object, by names from SHAPES, COLOURS, TEXTURES and SIZES."""
 
-    shape: int
-    colour: int
-    texture: int
-    size: int
+    shape: str
+    colour: str
+    texture: str
+    size: str
 
 
 class Scene(NamedTuple):
-    """What a scene shows: objects, their (row, column) places, an index into BACKGROUNDS."""
+    """What a scene shows: (object, row, column in PLACES) of each, a name from BACKGROUNDS."""
 
-    things: tuple[Thing, ...]
-    places: tuple[tuple[int, int], ...]
-    background: int
-
-
-def held_out(thing: Thing) -> bool:
-    """Whether training never shows this combination: one or two of the eight of each class."""
-    return (thing.shape + thing.colour + 2 * thing.texture + 3 * thing.size) % 5 == 0
+    objects: tuple[tuple[Thing, int, int], ...]
+    background: str
 
 
-_THINGS = [Thing(*i) for i in itertools.product(range(10), range(8), range(4), range(2))]
-_TRAINING = [thing for thing in _THINGS if not held_out(thing)]
-_HELD_OUT = [thing for thing in _THINGS if held_out(thing)]
+TRAINING: list[Thing] = []
+HELD_OUT: list[Thing] = []
+for (_s, _shape), (_c, _colour), (_t, _texture), (_z, _size) in itertools.product(
+    *map(enumerate, (SHAPES, COLOURS, TEXTURES, SIZES))
+):
+    # Takes one or two of the eight combinations of each class, of all textures and sizes alike.
+    _pool = HELD_OUT if (_s + _c + 2 * _t + 3 * _z) % 5 == 0 else TRAINING
+    _pool.append(Thing(_shape, _colour, _texture, _size))
 
 
 def describe(split: str, index: int, rng: random.Random) -> Scene:
     """Chooses what a scene shows."""
-    pool, count, things = _TRAINING, rng.choice((1, 2, 3)), []
+    pool, count, things = TRAINING, rng.choice((1, 2, 3)), []
     if split == "test":
-        # Combinations and counts take turns. As three does not divide 128, a combination is alone
-        # in a scene only once in 384, so that its caption fits no other.
-        pool, count, things = _HELD_OUT, 1 + index % 3, [_HELD_OUT[index % len(_HELD_OUT)]]
+        # The 128 combinations and the three counts take turns: a combination is alone in a scene
+        # once in 384, so that up to there no caption is repeated.
+        pool, count, things = HELD_OUT, 1 + index % 3, [HELD_OUT[index % len(HELD_OUT)]]
     elif split == "zeroshot":
         turn, label = divmod(index, len(CLASS_NAMES))
-        pool = [t for t in _HELD_OUT if t.shape * len(COLOURS) + t.colour == label]
+        pool = [thing for thing in HELD_OUT if _class_name(thing) == CLASS_NAMES[label]]
         count, things = 1, [pool[turn % len(pool)]]
     while len(things) < count:
         thing = rng.choice(pool)
-        if all(thing[:2] != other[:2] for other in things):  # tell each by colour and shape
+        if all(thing[:2] != other[:2] for other in things):  # shape and colour tell them apart
             things.append(thing)
     places = rng.choice(_layouts(tuple(thing.size for thing in things)))
-    return Scene(tuple(things), places, rng.randrange(len(BACKGROUNDS)))
+    objects = tuple((thing, *place) for thing, place in zip(things, places, strict=True))
+    return Scene(objects, rng.choice(tuple(BACKGROUNDS)))
 
 
 @functools.cache
-def _layouts(sizes: tuple[int, ...]) -> list[tuple[tuple[int, int], ...]]:
+def _layouts(sizes: tuple[str, ...]) -> list[tuple[tuple[int, int], ...]]:
     """Every choice of a (row, column) for each object that keeps objects of these sizes apart."""
 
     def apart(a, b):
-        (size_a, place_a), (size_b, place_b) = a, b
-        centre_a = [_CENTRE[size_a][i] for i in place_a]
-        centre_b = [_CENTRE[size_b][i] for i in place_b]
-        return math.dist(centre_a, centre_b) > _RADIUS[size_a] + _RADIUS[size_b] + 0.03
+        centres = [[_CENTRES[size][i] for i in place] for size, place in (a, b)]
+        return math.dist(*centres) > SIZES[a[0]] + SIZES[b[0]] + 0.03
 
+    cells = list(itertools.product(range(3), range(3)))
     return [
         places
-        for places in itertools.permutations(itertools.product(range(3), repeat=2), len(sizes))
+        for places in itertools.permutations(cells, len(sizes))
         if all(apart(*two) for two in itertools.combinations(zip(sizes, places, strict=True), 2))
     ]
 
@@ -135,45 +143,47 @@ def caption(scene: Scene, detail: float, rng: random.Random) -> str:
     def word(name):
         return rng.choice((name, SYNONYMS.get(name, name)))
 
+    objects = rng.sample(scene.objects, len(scene.objects))
     phrases, placed = [], []
-    order = rng.sample(range(len(scene.things)), len(scene.things))
-    for thing, (row, column) in ((scene.things[i], scene.places[i]) for i in order):
-        words = [SIZES[thing.size]] if rng.random() < detail else []
-        words += [TEXTURES[thing.texture]] if rng.random() < detail else []
-        words += [_COLOUR_NAMES[thing.colour], SHAPES[thing.shape]]
-        text = " ".join(map(word, words))
-        phrases.append(f"an {text}" if text[0] in "aeiou" else f"a {text}")
-        placed.append(f"{phrases[-1]} {word(PLACES[3 * row + column])}")
+    for thing, row, column in objects:
+        words = [word(thing.size)] if rng.random() < detail else []
+        words += [word(thing.texture)] if rng.random() < detail else []
+        words += [word(thing.colour), word(thing.shape)]
+        article = "an" if words[0][0] in "aeiou" else "a"
+        phrases.append(" ".join([article, *words]))
+        placed.append(f"{phrases[-1]} {word(PLACES[row][column])}")
 
     if rng.random() >= detail:
         body = _listed(phrases)
-    elif len(phrases) == 1 or rng.random() < 0.5:
+    elif len(objects) == 1 or rng.random() < 0.5:
         body = _listed(placed)
     else:
-        (row, column), (other_row, other_column) = (scene.places[i] for i in order[:2])
+        (_, row, column), (_, other_row, other_column) = objects[:2]
         relation = []
         if row != other_row:
             relation.append(word("above" if row < other_row else "below"))
         if column != other_column:
-            side = "left of" if column < other_column else "right of"
-            relation.append(rng.choice((side, f"to the {side}")))
+            relation.append(word("left of" if column < other_column else "right of"))
         body = f"{phrases[0]} {' and '.join(relation)} {phrases[1]}"
-        body += "".join(f", and {other}" for other in placed[2:])
+        body += "".join(f", and {third}" for third in placed[2:])
 
     opening = rng.choice(("", "there is ", "a picture of ", "an image of "))
-    if len(phrases) > 1 and rng.random() < 0.25:
-        shapes, colours = ({thing[i] for thing in scene.things} for i in (0, 1))
-        noun = SHAPES[shapes.pop()] if len(shapes) == 1 else "shape"
-        noun = f"{_COLOUR_NAMES[colours.pop()]} {noun}" if len(colours) == 1 else noun
-        plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-        opening = f"{('two', 'three')[len(phrases) - 2]} {plural}: "
+    if len(objects) > 1 and rng.random() < 0.25:
+        shapes, colours = ({thing[i] for thing, _, _ in objects} for i in (0, 1))
+        noun = shapes.pop() if len(shapes) == 1 else "shape"
+        noun = f"{colours.pop()} {noun}" if len(colours) == 1 else noun
+        opening = f"{('two', 'three')[len(objects) - 2]} {noun}{'es' if noun[-1] == 's' else 's'}: "
     if rng.random() < 0.3:
-        body += f", on a {BACKGROUNDS[scene.background]} background"
+        body += f", on a {scene.background} background"
     return opening + body
 
 
 def _listed(phrases: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
+
+
+def _class_name(thing: Thing) -> str:
+    return f"{thing.colour} {thing.shape}"
 
 
 def _polygons(*polygons) -> np.ndarray:
@@ -188,29 +198,121 @@ def _arc(corners, radius=1.0, start=-90.0, stop=270.0, x=0.0, y=0.0) -> list:
     return [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
 
 
-def _box(x, y, width, height) -> list:
-    """Corners of a box about (x, y), of half this width and height."""
-    return [(x - width, y - height), (x + width, y - height)] + [
-        (x + width, y + height),
-        (x - width, y + height),
-    ]
+def _box(x, y, w, h) -> list:
+    """Corners of the box that reaches `w` and `h` from (x, y)."""
+    return [(x - w, y - h), (x + w, y - h), (x + w, y + h), (x - w, y + h)]
 
 
+_HEART = [
+    (16 * math.sin(t) ** 3, 2 - 13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t))
+    for t in np.linspace(0, math.tau, 32)
+]
 # Outlines within a radius of 1.1, y downwards. Filling is even-odd, which leaves the ring its hole.
-_OUTLINES = (
-    _polygons(_arc(32)),
-    _polygons(_box(0, 0, 0.78, 0.78)),
-    _polygons(_arc(3, 1.1)),
-    _polygons(sum(zip(_arc(5, 1.1), _arc(5, 0.46, -54, 306), strict=True), ())),
-    _polygons(
-        [
-            (0.97 * math.sin(t) ** 3, 0.13 - 0.87 * math.cos(t) + math.cos(2 * t) / 3)
-            for t, _ in _arc(32)
-        ]
+_OUTLINES = {
+    "circle": _polygons(_arc(32)),
+    "square": _polygons(_box(0, 0, 0.78, 0.78)),
+    "triangle": _polygons(_arc(3, 1.1)),
+    "star": _polygons(sum(zip(_arc(5, 1.1), _arc(5, 0.46, -54, 306), strict=True), ())),
+    "heart": _polygons([(x / 16.5, y / 15) for x, y in _HEART]),
+    "ring": _polygons(_arc(32, 1.05), _arc(32, 0.5)),
+    "crescent": _polygons(
+        _arc(32, 1.05, 50, 310, x=0.15) + _arc(24, 0.835, 285.6, 74.4, x=0.6),
     ),
-    _polygons(_arc(32, 1.05), _arc(32, 0.5)),
-    _polygons(_arc(32, 1.05, 50, 310, x=0.15) + _arc(24, 0.835, 285.6, 74.4, x=0.6)),
-    _polygons(_box(0, 0, 0.34, 1), _box(-0.67, 0, 0.33, 0.34), _box(0.67, 0, 0.33, 0.34)),
-    _polygons([(-1.05, -0.3), (0, -0.3), (0, -0.85), (1.05, 0), (0, 0.85), (0, 0.3), (-1.05, 0.3)]),
-    _polygons([(0, -1.1), (0.68, 0), (0, 1.1), (-0.68, 0)]),
-)
+    "cross": _polygons(_box(0, 0, 0.34, 1), _box(-0.67, 0, 0.33, 0.34), _box(0.67, 0, 0.33, 0.34)),
+    "arrow": _polygons(
+        [(-1.05, -0.3), (0, -0.3), (0, -0.85), (1.05, 0), (0, 0.85), (0, 0.3), (-1.05, 0.3)]
+    ),
+    "diamond": _polygons([(0, -1.1), (0.68, 0), (0, 1.1), (-0.68, 0)]),
+}
+_GRID = list(itertools.product(range(-2, 3), repeat=2))
+_PATTERNS = {
+    "striped": _polygons(*(_box(0, 0.62 * i, 1.2, 0.155) for i in range(-2, 3))),
+    "dotted": _polygons(*(_arc(8, 0.19, x=0.58 * i, y=0.58 * j) for i, j in _GRID)),
+    "checked": _polygons(*(_box(0.44 * i, 0.44 * j, 0.22, 0.22) for i, j in _GRID if (i + j) % 2)),
+}
+
+
+def draw(scene: Scene, size: int, rng: random.Random) -> np.ndarray:
+    """uint8 [size, size, 3]; places, angles, sizes and colours vary a little."""
+    # In planes, [3, size, size]: NumPy broadcasts over a last axis of three four times slower.
+    image = np.empty((3, size, size), np.float32)
+    grey = [BACKGROUNDS[scene.background] + rng.uniform(-20, 20) for _ in range(4)]
+    for plane in image:  # a gradient between the tones of the four corners
+        corners = np.array([v + rng.uniform(-6, 6) for v in grey], np.float32).reshape(2, 2)
+        cv2.resize(corners, (size, size), dst=plane, interpolation=cv2.INTER_LINEAR)
+
+    for thing, row, column in scene.objects:
+        x, y = (size * (_CENTRES[thing.size][i] + rng.uniform(-0.02, 0.02)) for i in (column, row))
+        radius = size * SIZES[thing.size] * rng.uniform(0.95, 1.05)
+        light = rng.uniform(0.88, 1.0)
+        colour = [light * v + rng.uniform(-10, 10) for v in COLOURS[thing.colour]]
+        colour = np.array(colour, np.float32).reshape(3, 1, 1)
+        # All happens in a square window around the object.
+        side = min(size, math.ceil(2.2 * radius) + 2)
+        left, top = (min(max(round(v - side / 2), 0), size - side) for v in (x, y))
+        window = image[:, top : top + side, left : left + side]
+        centre = (x - left, y - top)
+        outline = _fill(_OUTLINES[thing.shape], centre, radius, rng.uniform(-15, 15), side)
+        window += _coverage(outline, side) * (colour - window)
+        if thing.texture in _PATTERNS:
+            pattern = _fill(_PATTERNS[thing.texture], centre, radius, rng.uniform(0, 180), side)
+            ink = 25 if scene.background == "white" else 245
+            window += _coverage(cv2.bitwise_and(pattern, outline), side) * (ink - colour)
+
+    noise = np.frombuffer(rng.randbytes(size * size), np.uint8).reshape(size, size)
+    image += noise * np.float32(12 / 255) - 6
+    return cv2.merge(image.clip(0, 255).astype(np.uint8))
+
+
+def _fill(polygons: np.ndarray, centre, radius: float, degrees: float, side: int) -> np.ndarray:
+    """Mask uint8 [4 side, 4 side] of polygons turned, scaled and moved to `centre`, in pixels."""
+    sin, cos = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+    turn = np.array(((cos, sin), (-sin, cos)), np.float32) * radius * 4
+    corners = polygons @ turn + (np.array(centre, np.float32) * 4 - 0.5)
+    mask = np.zeros((4 * side, 4 * side), np.uint8)
+    # cv2 takes corners as integers; shift=4 makes them sixteenths.
+    return cv2.fillPoly(mask, (corners * 16).astype(np.int32), 255, shift=4)
+
+
+def _coverage(mask: np.ndarray, side: int) -> np.ndarray:
+    """The share of each pixel that a mask of 4 x 4 samples a pixel covers: float32 [side, side]."""
+    return cv2.resize(mask, (side, side), interpolation=cv2.INTER_AREA) * np.float32(1 / 255)
+
+
+class Scenes:
+    """Random access to the records of one split, images of `size` x `size` pixels.
+
+    Raises ValueError for an unknown split or a size below 16, IndexError outside the split.
+    """
+
+    def __init__(self, split: str, size: int = 64):
+        if split not in SPLITS:
+            raise ValueError(f"scenes have no split {split!r}; choose one of {', '.join(SPLITS)}")
+        if size < 16:
+            raise ValueError(
+                f"scenes need a size of at least 16 pixels to be told apart, not {size}"
+            )
+        self.split = split
+        self.size = size
+        self.class_names = CLASS_NAMES if split == "zeroshot" else ()
+
+    def __len__(self) -> int:
+        return SPLITS[self.split]
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} outside the {len(self)} scenes of {self.split!r}")
+        # Made in half the time of a NumPy generator, and its draws of single numbers are fast.
+        rng = random.Random(f"{self.split} {index}")
+        scene = describe(self.split, index, rng)
+        captions: dict[str, None] = {}  # no repeats, in order
+        while len(captions) < CAPTIONS:
+            captions[caption(scene, 0.6 if self.split == "train" else 1.0, rng)] = None
+        record = {
+            "image": draw(scene, self.size, rng),
+            "captions": list(captions),
+            "key": f"{self.split}-{index}",
+        }
+        if self.class_names:
+            record["label"] = self.class_names.index(_class_name(scene.objects[0][0]))
+        return record

@@ -14,16 +14,14 @@ def class_embeddings(
     tokenize: Callable[[Sequence[str]], np.ndarray],
     class_names: Sequence[str],
     templates: Sequence[str],
-    batch_size: int,
 ) -> np.ndarray:
     """One unit vector a class: the mean over its prompts' unit features, normalised again.
 
     Args:
-      encode_text: int32 [B, L] -> float32 [B, D], unit rows.
+      encode_text: int32 [B, L] -> float32 [B, D], unit rows; given all C*T prompts at once.
       tokenize: B texts -> int32 [B, L].
       class_names: C names, as they should read in a sentence.
       templates: T prompts, each with a `{}` where the name goes.
-      batch_size: prompts encoded at once, over all classes.
 
     Returns:
       float32 [C, D], rows in the order of `class_names`.
@@ -48,12 +46,7 @@ def class_embeddings(
                 "expected a list of prompts such as 'a photo of a {}.'"
             )
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    features = np.concatenate(
-        [
-            encode_text(tokenize(prompts[start : start + batch_size]))
-            for start in range(0, len(prompts), batch_size)
-        ]
-    )
+    features = encode_text(tokenize(prompts))
     # [C*T, D] -> [C, T, D] -> [C, D]
     means = features.reshape(len(class_names), len(templates), -1).mean(axis=1)
     return (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)

@@ -44,7 +44,7 @@ class BatchNorm(nn.Module):
                     f"bn_group_size={group} does not divide the batch of {shape[0]} examples: "
                     "choose a divisor, or 0 for statistics over the whole batch"
                 )
-            x = x.reshape(-1, group, *shape[1:])  # [B, ..., C] -> [G, B/G, ..., C]
+            x = x.reshape(-1, group, *shape[1:])  # [B, ..., C] -> [G, group, ..., C]
             count = math.prod(x.shape[1:-1])
             if count < 2:
                 raise ValueError("batch statistics need more than one value a channel, got 1")

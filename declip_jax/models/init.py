@@ -1,4 +1,4 @@
-"""Initialisers that draw as torch's modules do by default, which is what the published code uses."""
+"""Initialisers that draw as torch's modules do by default, as the published code does."""
 
 from collections.abc import Callable
 

@@ -26,9 +26,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = functools.partial(
-            nn.Conv, use_bias=False, kernel_init=conv_kernel, dtype=self.dtype
-        )
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=conv_kernel, dtype=self.dtype)
         norm = functools.partial(BatchNorm, self.bn_group_size, self.dtype)
         y = conv(self.width, (1, 1), name="conv1")(x)
         y = nn.relu(norm(name="bn1")(y, train))

@@ -49,9 +49,9 @@ class Attention(nn.Module):
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         x = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
         x = x.reshape(batch, length, width)  # [B, T, H, w/H] -> [B, T, w]
-        return nn.Dense(
-            width, dtype=self.dtype, kernel_init=normal(self.out_std), name="out_proj"
-        )(x)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=normal(self.out_std), name="out_proj")(
+            x
+        )
 
 
 class Mlp(nn.Module):

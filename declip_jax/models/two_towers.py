@@ -1,10 +1,13 @@
 """An image tower and a text tower into one embedding space, and how a config describes them."""
 
+import dataclasses
 import math
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from declip_jax.models.resnet import ModifiedResNet
@@ -48,63 +51,61 @@ def two_towers(config: Any) -> TwoTowers:
       ValueError: naming the field, its value and what was expected.
     """
 
-    def check(ok: bool, field: str, value: Any, expected: str) -> None:
+    def check(ok: bool, field: str, expected: str) -> None:
         if not ok:
+            value = operator.attrgetter(field)(config)
             raise ValueError(f"model.{field}={value!r}: expected {expected}")
 
-    def one_of(table: dict[str, Any], field: str, value: str) -> Any:
-        check(value in table, field, value, "one of " + ", ".join(map(repr, table)))
+    def lookup(field: str, table: dict[str, Any]) -> Any:
+        value = operator.attrgetter(field)(config)
+        check(value in table, field, "one of " + ", ".join(map(repr, table)))
         return table[value]
 
-    one_of(ACTIVATIONS, "activation", config.activation)
-    one_of(REMAT, "remat", config.remat)
-    shared = {"embed_dim": config.embed_dim, "dtype": one_of(DTYPES, "dtype", config.dtype)}
-    blocks = {"activation": config.activation, "scan": config.scan, "remat": config.remat}
-
-    image = dict(config.image)
-    tower = one_of(
-        {"vit": VisionTransformer, "resnet": ModifiedResNet}, "image.kind", image.pop("kind")
+    lookup("activation", ACTIVATIONS)
+    lookup("remat", REMAT)
+    shared = dict(
+        embed_dim=config.embed_dim,
+        activation=config.activation,
+        dtype=lookup("dtype", DTYPES),
+        scan=config.scan,
+        remat=config.remat,
     )
-    if tower is VisionTransformer:
-        check(
-            image["resolution"] % image["patch"] == 0,
-            "image.resolution",
-            image["resolution"],
-            f"a multiple of model.image.patch={image['patch']}",
-        )
-        check(
-            image["width"] % image["heads"] == 0,
-            "image.width",
-            image["width"],
-            f"a multiple of model.image.heads={image['heads']}",
-        )
-        image_tower = VisionTransformer(**image, **shared, **blocks)
+
+    def build(tower: type[nn.Module], section: str) -> nn.Module:
+        """The tower with its own fields from config[section] and the shared ones it knows."""
+        fields = {field.name for field in dataclasses.fields(tower)} - {"parent", "name"}
+        sizes = {name: value for name, value in config[section].items() if name != "kind"}
+        if set(sizes) != fields - set(shared):
+            raise ValueError(
+                f"model.{section} has the fields {sorted(sizes)}: expected for a "
+                f"{tower.__name__} {sorted(fields - set(shared))}"
+            )
+        for name in sorted(
+            {"resolution", "patch", "width", "layers", "heads", "context"} & set(sizes)
+        ):
+            check(np.min(sizes[name]) >= 1, f"{section}.{name}", "at least 1")
+        return tower(**sizes, **{name: shared[name] for name in fields & set(shared)})
+
+    image = build(
+        lookup("image.kind", {"vit": VisionTransformer, "resnet": ModifiedResNet}), "image"
+    )
+    if isinstance(image, VisionTransformer):
+        fits = image.resolution % image.patch == 0
+        check(fits, "image.resolution", f"a multiple of model.image.patch={image.patch}")
+        fits = image.width % image.heads == 0
+        check(fits, "image.width", f"a multiple of model.image.heads={image.heads}")
     else:
-        image["layers"] = tuple(image["layers"])
-        check(len(image["layers"]) == 4, "image.layers", image["layers"], "four stages")
-        check(image["width"] % 2 == 0, "image.width", image["width"], "an even number")
-        check(
-            image["resolution"] % 32 == 0, "image.resolution", image["resolution"], "a multiple of 32"
-        )
-        check(
-            32 * image["width"] % image["heads"] == 0,
-            "image.heads",
-            image["heads"],
-            f"a divisor of 32 * model.image.width={32 * image['width']}",
-        )
-        image_tower = ModifiedResNet(**image, **shared)
+        check(len(image.layers) == 4, "image.layers", "four stages")
+        check(image.resolution % 32 == 0, "image.resolution", "a multiple of 32")
+        check(image.width % 2 == 0, "image.width", "an even number")
+        fits = 32 * image.width % image.heads == 0
+        check(fits, "image.heads", f"a divisor of 32 * model.image.width={32 * image.width}")
+        check(image.bn_group_size >= 0, "image.bn_group_size", "0 (whole batch) or more")
 
-    text = dict(config.text)
+    text = build(TextTransformer, "text")
     check(
-        text["width"] % text["heads"] == 0,
-        "text.width",
-        text["width"],
-        f"a multiple of model.text.heads={text['heads']}",
+        text.width % text.heads == 0, "text.width", f"a multiple of model.text.heads={text.heads}"
     )
-    check(
-        0 <= text["eot_id"] < text["vocab_size"],
-        "text.eot_id",
-        text["eot_id"],
-        f"an id below model.text.vocab_size={text['vocab_size']}",
-    )
-    return TwoTowers(image_tower, TextTransformer(**text, **shared, **blocks))
+    known = 0 <= text.eot_id < text.vocab_size
+    check(known, "text.eot_id", f"an id below model.text.vocab_size={text.vocab_size}")
+    return TwoTowers(image, text)

@@ -10,9 +10,7 @@ def _vit(patch: int, width: int, layers: int, heads: int, resolution: int = 224)
     )
 
 
-def _resnet(
-    width: int, layers: tuple[int, int, int, int], resolution: int = 224
-) -> dict[str, Any]:
+def _resnet(width: int, layers: tuple[int, int, int, int], resolution: int = 224) -> dict[str, Any]:
     # 32 * width channels reach the attention pool, in heads of 64
     return dict(
         kind="resnet",
@@ -25,7 +23,15 @@ def _resnet(
 
 
 def _text(width: int, heads: int) -> dict[str, Any]:
-    return dict(width=width, layers=12, heads=heads)
+    return dict(
+        vocab_size=49409,  # OpenAI's 49,408 and the mask token
+        eot_id=49407,
+        context=77,
+        width=width,
+        layers=12,
+        heads=heads,
+        proj_bias=False,
+    )
 
 
 # name: (embed_dim, image tower, text tower)
@@ -45,8 +51,8 @@ _VARIANTS = {
 
 
 def variant(name: str) -> dict[str, Any]:
-    """Sizes of a named model: {"embed_dim", "image": a whole `model.image`, "text": width, layers
-    and heads of `model.text`}.
+    """Sizes of a named model: {"embed_dim": int, "image": dict, "text": dict}, the fields of the
+    same names in a config's `model` section, complete.
 
     Raises:
       ValueError: unknown name; suggests the nearest.

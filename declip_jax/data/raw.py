@@ -1,0 +1,355 @@
+"""Raw downloads: images in a folder or a zip archive, and which captions belong to which.
+
+Each `index_…` function lists a download as items, in an order that follows from the download alone,
+without opening an image. What is not usable is refused one by one, with a reason.
+"""
+
+import csv
+import errno
+import io
+import json
+import lzma
+import os
+import posixpath
+import re
+import stat
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+MAX_IMAGE_BYTES = 256 << 20
+MAX_CAPTIONS_BYTES = 32 << 30  # of a captions file inside a zip archive
+
+
+class InputError(ValueError):
+    """Something the user has to change."""
+
+
+class Refused(Exception):
+    """An image, caption or row that is left out: `reason` is counted, `detail` is listed."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def entry(self, key: str) -> dict[str, str]:
+        """For the list of what was refused; `key` names the image, or else the line."""
+        key = key.encode(errors="backslashreplace").decode()  # it may be refused for its encoding
+        return {"key": key, "reason": self.reason, "detail": self.detail}
+
+
+class Item(NamedTuple):
+    key: str  # the image's name, as `Files.read` takes it
+    captions: Sequence[str]
+    label: int | None = None
+
+
+class Index(NamedTuple):
+    items: list[Item]
+    refused: list[dict[str, str]]
+    class_names: list[str]  # by label; empty without classes
+
+
+class Files:
+    """Files by name, in a folder or in a zip archive, from which nothing is ever extracted.
+
+    Args:
+      root: the folder or the archive.
+      subfolder: the folder in it that names are relative to.
+
+    Raises:
+      InputError: there is no such folder or archive.
+    """
+
+    def __init__(self, root: str, subfolder: str = ""):
+        self.root, self.subfolder, self.zip = root, subfolder.strip("/"), None
+        if os.path.isdir(root):
+            folders = {entry.name for entry in os.scandir(root) if entry.is_dir()}
+            found = os.path.isdir(os.path.join(root, self.subfolder))
+        elif os.path.isfile(root):
+            try:
+                self.zip = zipfile.ZipFile(root)
+            except zipfile.BadZipFile as error:
+                raise InputError(
+                    f"--images {root}: neither a folder nor a whole zip archive ({error})"
+                ) from None
+            names = self.zip.namelist()
+            folders = {name.split("/")[0] for name in names if "/" in name}
+            found = not self.subfolder or any(n.startswith(f"{self.subfolder}/") for n in names)
+        else:
+            raise InputError(f"--images {root}: no such folder or zip archive")
+        if not found:
+            raise InputError(
+                f"--subfolder {subfolder}: not in {root}, which has {sorted(folders)[:10]}"
+            )
+
+    def path(self, name: str) -> str:
+        """Where `name` is below the root; names that lead out of it are refused."""
+        if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+            raise Refused("unsafe name", "an absolute path, or one with '..'")
+        return posixpath.normpath(posixpath.join(self.subfolder, name))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+          Refused: it is not there, leads out of the root, is too large or damaged in the archive.
+        """
+        path = self.path(name)
+        if self.zip:
+            try:
+                member = self.zip.getinfo(path)
+            except KeyError:
+                raise Refused("missing image", f"no {path} in {self.root}") from None
+            self._check_size(member.file_size)
+            try:
+                return self.zip.read(member)  # at most file_size bytes, whatever is packed
+            except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError) as e:
+                raise Refused("unreadable image", f"{path} in {self.root}: {e}") from None
+        path = os.path.join(self.root, path)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            # Other errors (a file server that is away, say) must not pass for missing images.
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                raise
+            raise Refused("missing image", f"no file {path}") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise Refused("missing image", f"{path} is not a file")
+        self._check_size(status.st_size)
+        return Path(path).read_bytes()
+
+    def _check_size(self, size: int) -> None:
+        if size > MAX_IMAGE_BYTES:
+            raise Refused("file too large", f"{size:,} bytes, at most {MAX_IMAGE_BYTES:,}")
+
+    def open_text(self, name: str) -> io.TextIOWrapper:
+        """A text file, on disk or else in the archive; what is not UTF-8 becomes surrogates."""
+        if os.path.isfile(name):
+            stream = open(name, "rb")
+        elif self.zip and name in self.zip.namelist():
+            size = self.zip.getinfo(name).file_size
+            if size > MAX_CAPTIONS_BYTES:
+                raise InputError(f"--captions {name}: {size:,} bytes in a zip; unpack it first")
+            stream = self.zip.open(name)
+        else:
+            raise InputError(
+                f"--captions {name}: no such file{f', not in {self.root} either' * bool(self.zip)}"
+            )
+        return io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+
+    def class_members(self) -> Iterator[str]:
+        """All "class/", "class/file" and, as far as it takes to refuse them, misplaced names."""
+        if self.zip:
+            prefix = f"{self.subfolder}/" if self.subfolder else ""
+            for name in sorted(self.zip.namelist()):
+                if name.startswith(prefix) and name != prefix:
+                    yield name.removeprefix(prefix)
+        else:
+            for name in _list(os.path.join(self.root, self.subfolder)):
+                yield name
+                if name.endswith("/"):
+                    for inner in _list(os.path.join(self.root, self.subfolder, name)):
+                        yield name + inner
+
+
+def _list(folder: str) -> list[str]:
+    return sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(folder))
+
+
+def is_utf8(text: str) -> bool:
+    """False with surrogates in it, from `Files.open_text`, file names or JSON's escapes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Captions:
+    """Collects captions by image, in the order in which the images are first named."""
+
+    def __init__(self):
+        self.by_key: dict[str, list[str]] = {}
+        self.refused: list[dict[str, str]] = []
+
+    def refuse(self, key: str, reason: str, detail: str) -> None:
+        self.refused.append(Refused(reason, detail).entry(key))
+
+    def add(self, line: str, key: str, caption: str) -> None:
+        if not is_utf8(key + caption):
+            self.refuse(line, "not UTF-8", f"image {key!r}")
+        elif not key:
+            self.refuse(line, "bad row", "no image name")
+        else:
+            captions = self.by_key.setdefault(key, [])
+            if caption.strip():
+                captions.append(caption)
+            else:
+                self.refuse(key, "empty caption", line)
+
+    def index(self) -> Index:
+        for key, captions in self.by_key.items():
+            if not captions:
+                self.refuse(key, "no caption left", "all its captions are empty")
+        items = [Item(key, captions) for key, captions in self.by_key.items() if captions]
+        return Index(items, self.refused, [])
+
+
+def index_csv(files: Files, path: str, image_column: str, caption_column: str) -> Index:
+    """CSV with a header; all rows of an image make one item.
+
+    Raises:
+      InputError: no such file, or it lacks one of the columns.
+    """
+    captions = _Captions()
+    with files.open_text(path) as lines:
+        rows = csv.reader(lines, strict=True)
+        try:
+            header = next(rows, [])
+        except csv.Error as error:
+            raise InputError(f"--captions {path}: not CSV ({error})") from None
+        for flag, column in (("image", image_column), ("caption", caption_column)):
+            if column not in header:
+                raise InputError(
+                    f"--captions {path}: no column {column!r} among {header}; "
+                    f"name the right one with --{flag}-column"
+                )
+        image_field, caption_field = header.index(image_column), header.index(caption_column)
+        while True:
+            first = rows.line_num + 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return captions.index()
+            except csv.Error as error:
+                # An open quote swallows the lines that follow, hence the range.
+                captions.refuse(f"lines {first}-{rows.line_num}", "bad row", str(error))
+                continue
+            if len(row) == len(header):
+                captions.add(f"line {first}", row[image_field], row[caption_field])
+            elif row:  # and not just a blank line
+                detail = f"{len(row)} fields, but {len(header)} columns"
+                captions.refuse(f"line {first}", "bad row", detail)
+
+
+def index_jsonl(files: Files, path: str, image_field: str, caption_field: str) -> Index:
+    """A JSON object a line, an item each; a second one of the same image is refused.
+
+    Raises:
+      InputError: no such file.
+    """
+    captions = _Captions()
+    with files.open_text(path) as lines:
+        for number, text in enumerate(lines, start=1):
+            line = f"line {number}"
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                captions.refuse(line, "bad JSON" if is_utf8(text) else "not UTF-8", str(error))
+                continue
+            fields = row if isinstance(row, dict) else {}
+            key, caption = fields.get(image_field), fields.get(caption_field)
+            if not isinstance(key, str) or not isinstance(caption, str):
+                detail = f"no texts {image_field!r} and {caption_field!r} among {sorted(fields)}"
+                captions.refuse(line, "bad row", detail)
+            elif key in captions.by_key:
+                captions.refuse(key, "duplicate key", line)
+            else:
+                captions.add(line, key, caption)
+    return captions.index()
+
+
+def index_imagefolder(files: Files, templates: Sequence[str], classes: str | None) -> Index:
+    """Folders of images, one a class. The captions of an image are the templates, with the
+    readable name of its class for {}. Items are sorted by label, then by name.
+
+    Raises:
+      InputError: no images in class folders; or see `read_class_names`.
+    """
+    members: dict[str, list[str]] = {}  # class folder -> keys
+    refused, seen = [], set()
+    for name in files.class_members():
+        *folders, last = name.split("/")
+        try:
+            files.path(name)
+            if any(part.startswith((".", "__MACOSX")) for part in (*folders, last)):
+                continue  # what operating systems leave behind
+            if not is_utf8(name):
+                raise Refused("not UTF-8", "its name")
+            if len(folders) != 1:
+                raise Refused("misplaced file", "not directly in a class folder")
+            if name in seen:
+                raise Refused("duplicate key", f"more than once in {files.root}")
+        except Refused as error:
+            refused.append(error.entry(name))
+            continue
+        seen.add(name)
+        keys = members.setdefault(folders[0], [])
+        if last:
+            keys.append(name)
+    if not any(members.values()):
+        expected = posixpath.join(files.root, files.subfolder, "<class>", "<image>")
+        deeper = [entry["key"] for entry in refused if entry["key"].count("/") > 1]
+        hint = f"; there is {deeper[0]}, perhaps pass --subfolder" if deeper else ""
+        raise InputError(f"--images {files.root}: found no {expected}{hint}")
+
+    names = read_class_names(classes, sorted(members))
+    items = []
+    for label, (folder, readable) in enumerate(names.items()):
+        captions = [template.replace("{}", readable) for template in templates]
+        items += [Item(key, captions, label) for key in members[folder]]
+    return Index(items, refused, list(names.values()))
+
+
+def read_class_names(path: str | None, folders: Sequence[str]) -> dict[str, str]:
+    """Class folder -> readable name, in the order of the labels.
+
+    Without a file, underscores become spaces. A file has one class a line: either every line is
+    "folder<TAB>readable name" (or = for the TAB), or the lines are the readable names in the order
+    of `folders`.
+
+    Raises:
+      InputError: the file and the folders do not match, or two classes have the same name.
+    """
+    if path is None:
+        names = {folder: folder.replace("_", " ") for folder in folders}
+    else:
+        try:
+            text = Path(path).read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--classes {path}: {error}") from None
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        pairs = [[part.strip() for part in re.split("[\t=]", line, maxsplit=1)] for line in lines]
+        if max(map(len, pairs), default=1) == 1:
+            if len(lines) != len(folders):
+                raise InputError(
+                    f"--classes {path}: {len(lines)} names for {len(folders)} class folders"
+                )
+            names = dict(zip(folders, lines, strict=True))
+        else:
+            for line, pair in zip(lines, pairs, strict=True):
+                if len(pair) == 1 or not all(pair):
+                    raise InputError(
+                        f"--classes {path}: {line!r} is not folder<TAB>name, as other lines are"
+                    )
+            names = dict(pairs)
+            missing, extra = sorted(set(names) - set(folders)), sorted(set(folders) - set(names))
+            if missing or extra or len(names) < len(pairs):
+                raise InputError(
+                    f"--classes {path}: needs every class folder once; listed {len(pairs)}, "
+                    f"without a folder {missing[:5]}, not listed {extra[:5]}"
+                )
+    for readable, count in Counter(names.values()).items():
+        if count > 1:
+            same = [folder for folder, name in names.items() if name == readable]
+            raise InputError(
+                f"the classes {same} have the same readable name {readable!r}; "
+                "tell them apart with --classes"
+            )
+    return names

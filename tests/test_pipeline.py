@@ -1,0 +1,304 @@
+import multiprocessing
+import os
+import pickle
+import signal
+from itertools import islice
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from ml_collections import ConfigDict
+
+from declip_jax.data import records
+from declip_jax.data.pipeline import eval_images, train_batches
+from declip_jax.data.sources import open_source
+from declip_jax.data.tokenizer import tokenize
+
+VIEW = ConfigDict({"crop_scale": (0.2, 0.8), "crop_ratio": (0.5, 2.0)}).lock()
+
+
+class Numbered:
+    """Images that show their index in the first channel, and their crop in the others."""
+
+    class_names = ("even", "odd")
+
+    def __init__(self, length, captions=3, damaged=None):
+        self._length, self._captions, self._damaged = length, captions, damaged
+
+    def __str__(self):
+        return "numbered"
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, index):
+        y, x = np.mgrid[:64, :64].astype(np.uint8)
+        image = np.stack([np.full_like(x, index % 256), 4 * x, 4 * y], axis=-1)
+        if index == self._damaged:
+            image = cv2.imencode(".jpg", image)[1].tobytes()[:-200]
+        captions = [f"caption {i} of image {index}" for i in range(self._captions)]
+        return {"image": image, "captions": captions, "key": f"key {index}", "label": index % 2}
+
+
+def batches(source, count, **changes):
+    """The first `count` training batches."""
+    settings = dict(image_views=[VIEW], text_views=("caption",), resolution=8, context=16)
+    settings |= dict(batch_size=4, seed=0, threads=2, prefetch=2)
+    generator = train_batches(source, **(settings | changes))
+    result = list(islice(generator, count))
+    generator.close()
+    return result
+
+
+def joined(several):
+    """One batch of all samples: {"image": [N, V, R, R, 3], "tokens": [N, T, L]}."""
+    return {name: np.concatenate([b[name] for b in several]) for name in ("image", "tokens")}
+
+
+def assert_equal(a, b):
+    np.testing.assert_array_equal(a["image"], b["image"])
+    np.testing.assert_array_equal(a["tokens"], b["tokens"])
+
+
+def indices(batch):
+    return batch["image"][:, 0, 0, 0, 0].tolist()
+
+
+def test_shapes_and_types():
+    views = [VIEW, SimpleNamespace(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))]
+    (batch,) = batches(Numbered(10), 1, image_views=views, text_views=("caption", "caption"))
+    assert batch["image"].shape == (4, 2, 8, 8, 3) and batch["image"].dtype == np.uint8
+    assert batch["tokens"].shape == (4, 2, 16) and batch["tokens"].dtype == np.int32
+    assert np.ptp(batch["image"][:, 1, ..., 1].astype(int)) > 200  # the whole image
+    assert (np.ptp(batch["image"][:, 0, ..., 1].astype(int), axis=(1, 2)) < 230).all()
+
+
+def test_images_and_captions_stay_together():
+    batch = joined(batches(Numbered(10), 5))
+    for index, tokens in zip(indices(batch), batch["tokens"][:, 0], strict=True):
+        expected = tokenize([f"caption {i} of image {index}" for i in range(3)], 16)
+        assert (tokens == expected).all(axis=1).any()
+
+
+def test_every_epoch_is_a_new_permutation():
+    # Ten records in batches of four: batches cross the ends of epochs, and nothing is left out.
+    order = indices(joined(batches(Numbered(10), 10)))
+    epochs = [tuple(order[i : i + 10]) for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(epochs)) == 4
+
+    other = indices(joined(batches(Numbered(10), 10, seed=1)))
+    assert sorted(other[:10]) == list(range(10)) and other[:10] not in map(list, epochs)
+
+
+def test_what_is_drawn_changes_with_epoch_and_seed():
+    batch = joined(batches(Numbered(10), 30))  # twelve epochs
+    crops = {crop.tobytes() for crop in batch["image"]}
+    assert len(crops) == 120
+    seen = {
+        (index, *tokens[0]) for index, tokens in zip(indices(batch), batch["tokens"], strict=True)
+    }
+    assert len(seen) == 30  # all three captions of all ten images
+
+    other = joined(batches(Numbered(10), 30, seed=1))
+    assert not crops & {crop.tobytes() for crop in other["image"]}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_make_the_same_batches(workers):
+    expected = batches(Numbered(10), 6)
+    for a, b in zip(batches(Numbered(10), 6, workers=workers), expected, strict=True):
+        assert_equal(a, b)
+
+
+def test_threads_and_prefetch_change_nothing():
+    expected = joined(batches(Numbered(10), 6))
+    for threads, prefetch in ((1, 0), (5, 7)):
+        changed = batches(Numbered(10), 6, threads=threads, prefetch=prefetch)
+        assert_equal(joined(changed), expected)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_shards_share_each_batch(count):
+    # Ten records do not divide by four; four epochs would show the shards drifting apart.
+    whole = batches(Numbered(10), 10)
+    shards = [batches(Numbered(10), 10, shard=(i, count)) for i in range(count)]
+    for step, batch in enumerate(whole):
+        parts = [shard[step] for shard in shards]
+        assert all(len(part["image"]) == 4 // count for part in parts)
+        union = joined(parts)
+        assert sorted(s.tobytes() for s in union["image"]) == sorted(
+            s.tobytes() for s in batch["image"]
+        )
+        assert sorted(s.tobytes() for s in union["tokens"]) == sorted(
+            s.tobytes() for s in batch["tokens"]
+        )
+
+
+def test_a_run_continues_where_it_stopped():
+    # The end of the first epoch lies within the third batch.
+    whole = batches(Numbered(10), 6)
+    for step in range(6):
+        rest = batches(Numbered(10), 6 - step, start_sample=4 * step)
+        assert_equal(joined(rest), joined(whole[step:]))
+
+
+def test_a_run_continues_with_other_batches_shards_and_workers():
+    whole = joined(batches(Numbered(10), 9))
+    rest = joined(batches(Numbered(10), 4, batch_size=6, start_sample=10, workers=1))
+    assert_equal(rest, {name: value[10:34] for name, value in whole.items()})
+
+    half = joined(batches(Numbered(10), 4, batch_size=6, start_sample=10, shard=(1, 2)))
+    assert_equal(half, {name: value[11:34:2] for name, value in whole.items()})
+
+
+def test_a_source_smaller_than_a_batch_comes_again():
+    (batch,) = batches(Numbered(3), 1, batch_size=8)
+    order = indices(batch)
+    assert sorted(order[:3]) == sorted(order[3:6]) == [0, 1, 2]
+
+
+def test_a_huge_source_needs_no_list_of_its_records():
+    (batch,) = batches(Numbered(4_000_000_000), 1, start_sample=10**12)
+    assert len(set(indices(batch))) > 1
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"text_views": ("caption", "subtitle")}, "subtitle.*caption"),
+        ({"shard": (0, 3)}, "batch_size=4.*3"),
+        ({"threads": 0}, "threads=0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_wrong_settings_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        batches(Numbered(10), 1, **changes)
+
+
+def test_an_empty_source_is_refused():
+    with pytest.raises(ValueError, match="numbered is empty"):
+        batches(Numbered(0), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_record_that_cannot_be_read_is_fatal(workers):
+    source = Numbered(10, damaged=7)
+    with pytest.raises(ValueError, match=r"record 7 \(key 'key 7'\) of numbered.*Premature end"):
+        batches(source, 5, workers=workers)
+    with pytest.raises(ValueError, match=r"record 7 \(key 'key 7'\) of numbered"):
+        list(eval_images(source, resolution=8, resize=8, batch_size=4))
+
+
+def test_a_killed_worker_is_fatal():
+    generator = train_batches(
+        Numbered(10),
+        image_views=[VIEW],
+        text_views=("caption",),
+        resolution=8,
+        context=16,
+        batch_size=4,
+        seed=0,
+        workers=2,
+    )
+    next(generator)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="Worker process was terminated"):
+        for _ in range(100):
+            next(generator)
+    assert next(generator, None) is None
+    assert not multiprocessing.active_children()
+
+
+def test_eval_images_come_once_in_order():
+    result = list(eval_images(Numbered(10), resolution=8, resize=16, batch_size=4))
+    assert [len(b["image"]) for b in result] == [4, 4, 2]
+    assert all(b["image"].shape[1:] == (8, 8, 3) for b in result)
+    assert np.concatenate([b["image"][:, 0, 0, 0] for b in result]).tolist() == list(range(10))
+    labels = np.concatenate([b["label"] for b in result])
+    assert labels.dtype == np.int32 and labels.tolist() == [0, 1] * 5
+    assert [key for b in result for key in b["key"]] == [f"key {i}" for i in range(10)]
+    captions = [texts for b in result for texts in b["captions"]]
+    assert captions[9] == [f"caption {i} of image 9" for i in range(3)]
+
+
+def test_eval_crop_larger_than_the_image_is_refused():
+    with pytest.raises(ValueError, match="resize=8.*16"):
+        eval_images(Numbered(10), resolution=16, resize=8, batch_size=4)
+
+
+# --- sources ------------------------------------------------------------------------------------
+
+
+def write_dataset(directory, class_names=()):
+    """A data set with 5 records in the two shards of split "train"."""
+    stored = []
+    for index in range(5):
+        image = cv2.imencode(".png", Numbered(5)[index]["image"])[1].tobytes()
+        record = {"image": image, "captions": ["a", "b"], "key": f"é{index}"}
+        stored.append(record | ({"label": index % len(class_names)} if class_names else {}))
+    for shard in range(2):
+        path = directory / records.shard_name("set", "train", shard, 2)
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for record in stored[3 * shard : 3 * shard + 3]:
+            writer.write(records.serialise(record))
+        writer.close()
+    records.write_metadata(
+        directory, "set", {"train": records.SplitSize([3, 2], 1000)}, class_names
+    )
+    return stored
+
+
+def test_a_prepared_source_reads_what_was_written(tmp_path):
+    stored = write_dataset(tmp_path, ("cat", "dog"))
+    source = open_source(str(tmp_path), "train")
+    assert len(source) == 5 and source.class_names == ("cat", "dog")
+    assert [source[i] for i in range(5)] == stored
+    assert pickle.loads(pickle.dumps(source))[4] == stored[4]  # after it was read from, too
+    assert open_source(str(tmp_path), "train[60%:]")[0] == stored[3]
+
+
+def test_a_prepared_source_in_workers(tmp_path):
+    write_dataset(tmp_path)
+    source = open_source(str(tmp_path), "train")
+    assert source.class_names == ()
+    assert_equal(joined(batches(source, 3, workers=1)), joined(batches(source, 3)))
+    (batch,) = eval_images(source, resolution=8, resize=8, batch_size=8)
+    assert "label" not in batch and batch["key"] == [f"é{i}" for i in range(5)]
+
+
+def test_scenes_are_a_source():
+    batch = joined(batches(open_source("scenes", "train"), 2))
+    assert len(batch["image"]) == 8
+
+
+def test_sources_that_cannot_be_opened(tmp_path):
+    def refused(name, split, words):
+        with pytest.raises(ValueError, match=words):
+            open_source(str(name), split)
+
+    refused(tmp_path / "nowhere", "train", "nowhere.*declip_jax.prepare")
+    refused(tmp_path, "train", "declip_jax.prepare")
+    refused("scenes", "nothing", "nothing")
+
+    write_dataset(tmp_path)
+    refused(tmp_path, "val", "'val'.*'train': 5")
+    refused(tmp_path, "train[:0]", "empty")
+    shard = tmp_path / records.shard_name("set", "train", 1, 2)
+    shard.rename(tmp_path / "elsewhere")
+    refused(tmp_path, "train", shard.name)
+    features = tmp_path / "features.json"
+    features.write_text(features.read_text().replace('"captions"', '"text"'))
+    refused(tmp_path, "train", "'image', 'key', 'text'.*'captions', 'image', 'key'")
+
+
+def test_a_damaged_shard_is_reported_by_record(tmp_path):
+    write_dataset(tmp_path)
+    shard = tmp_path / records.shard_name("set", "train", 1, 2)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    source = open_source(str(tmp_path), "train")
+    with pytest.raises(ValueError, match=f"record [34] .*{tmp_path} split 'train'"):
+        list(eval_images(source, resolution=8, resize=8, batch_size=8))
