@@ -1,4 +1,8 @@
-"""CLIP on drawn scenes: no download, learns on two CPU cores in three minutes."""
+"""CLIP on drawn scenes: nothing to download, learns in about three minutes on two CPU cores.
+
+The image tower is a ResNet of a few narrow blocks: at this size and in this time, convolutions
+learn to tell shapes apart and a vision transformer does not.
+"""
 
 from ml_collections import ConfigDict
 
@@ -8,30 +12,32 @@ from configs import common
 def get_config(arg: str = "") -> ConfigDict:
     config = common.get_config().unlock()
     config.batch_size = 128
-    config.total_steps = 1000
+    config.total_steps = 600
 
     config.model.embed_dim = 128
-    config.model.image = dict(kind="vit", resolution=48, patch=8, width=128, layers=4, heads=4)
-    config.model.text.update(context=32, width=128, layers=3, heads=4)
+    config.model.image = dict(
+        kind="resnet", resolution=32, width=24, layers=(1, 1, 1, 1), heads=8, bn_group_size=0
+    )
+    config.model.text.update(context=24, width=96, layers=1, heads=3)
     config.model.dtype = "float32"
     config.loss.logit_scale_range = (0.0, 4.6052)  # exp: 1 … 100
 
-    config.views.weak.crop_scale = (0.9, 1.0)  # positions are part of the captions
+    config.views.weak.crop_scale = (0.9, 1.0)  # captions tell where things are
     config.image_mean = config.image_std = (0.5, 0.5, 0.5)
 
     config.data.source = "scenes"
     config.data.threads = 2
 
-    config.optim.peak_lr = 1e-3
+    config.optim.peak_lr = 4e-3
     config.optim.warmup_steps = 50
 
     config.log_every = 20
-    config.checkpoint.every = 500
+    config.checkpoint.every = 200
     config.checkpoint.best_metric = "val/zeroshot/top1"
 
-    config.eval.every = 250
+    config.eval.every = 200
     config.eval.batch_size = 128
-    config.eval.resize = 48
+    config.eval.resize = 32
     config.eval.zeroshot.source = "scenes"
     config.eval.zeroshot.split = "zeroshot"
     config.eval.zeroshot.templates = ("a {}.", "there is a {}.", "a picture of a {}.")

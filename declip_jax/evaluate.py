@@ -10,11 +10,17 @@ Prints a table and, as the last line, one JSON object.
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 
+from absl import logging
 from ml_collections import ConfigDict
+
+from declip_jax.checkpoint import Checkpoints
+from declip_jax.encode import Encoder
+from declip_jax.evals import suite
+from declip_jax.metrics import table
+from declip_jax.train import Setup
 
 
 def load(workdir: Path, step: str = "newest"):
@@ -30,10 +36,6 @@ def load(workdir: Path, step: str = "newest"):
     Raises:
       ValueError: no workdir, no checkpoint, or none of that step.
     """
-    from declip_jax.checkpoint import Checkpoints
-    from declip_jax.encode import Encoder
-    from declip_jax.train import Setup
-
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(f"--workdir={workdir} holds no checkpoints: train there first.")
     checkpoints = Checkpoints(workdir, read_only=True)
@@ -69,10 +71,8 @@ def read_class_names(path: Path) -> list[str]:
     return [name for name in names if name]
 
 
-def evaluate(args: argparse.Namespace) -> dict:
-    """Runs the task of the command line and returns its metrics."""
-    from declip_jax.evals import suite
-
+def evaluate(args: argparse.Namespace) -> tuple[dict, dict[str, float]]:
+    """Runs the task of the command line; returns what was evaluated, and its metrics."""
     config, encoder, step = load(args.workdir, args.step)
     settings = config.eval[args.task]
     settings.source = args.data
@@ -86,15 +86,14 @@ def evaluate(args: argparse.Namespace) -> dict:
     )
     if args.task == "zeroshot" and args.classes:
         reading["class_names"] = read_class_names(args.classes)
-    metrics = suite.TASKS[args.task](settings, **reading)(encoder)
-    return {
+    described = {
         "task": args.task,
         "data": args.data,
         "split": settings.split,
         "workdir": str(args.workdir),
         "step": step,
-        **metrics,
     }
+    return described, suite.TASKS[args.task](settings, **reading)(encoder)
 
 
 def main() -> None:
@@ -118,14 +117,12 @@ def main() -> None:
         help="zeroshot: prompt such as 'a photo of a {}.'; may be given several times",
     )
     args = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read
     try:
-        metrics = evaluate(args)
+        described, metrics = evaluate(args)
     except ValueError as error:
-        logging.debug("where it was raised", exc_info=True)
         sys.exit(f"error: {error}")
-    from declip_jax.metrics import table
-
-    print(f"{args.task} on {args.data} ({metrics['split']}), step {metrics['step']}:")
+    print("{task} on {data} ({split}), {workdir} at step {step}:".format(**described))
     print(
         table({name: x for name, x in metrics.items() if name != "step" and not isinstance(x, str)})
     )

@@ -283,7 +283,7 @@ def counts_path(shard: Path) -> Path:
 def check_image(args: argparse.Namespace, encoded: bytes) -> bytes:
     """The image as it came, or re-encoded if --short-side shrinks it; raises Refused."""
     try:
-        height, width = image._header_size(encoded)
+        height, width = image.header_size(encoded)
         if height * width > args.max_pixels:
             raise Refused("too many pixels", f"{width} x {height}, at most {args.max_pixels:,}")
         if args.short_side is None or min(height, width) <= args.short_side:

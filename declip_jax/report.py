@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
@@ -254,6 +255,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=12, help="how many to show (12)")
     args = parser.parse_args()
     out = args.out or args.workdir / "report.png"
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read
     try:
         config, encoder, step = load(args.workdir)
         gallery = make_gallery(config, encoder, args.images, args.captions)

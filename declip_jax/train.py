@@ -1,5 +1,6 @@
 """Training: set-up and loop. The step knows no method by name."""
 
+import contextlib
 import difflib
 import math
 import signal
@@ -162,8 +163,9 @@ def train(config, workdir: Path) -> TrainState:
         progress.say(f"Continuing {workdir} from step {latest} ({samples:,} pairs seen).")
     (workdir / "config.json").write_text(to_json(config), encoding="utf-8")
     progress.say(clu.parameter_overview.get_parameter_overview(state.params))
+    parameters = int(clu.parameter_overview.count_parameters(state.params))
     progress.say(
-        f"{config.method}: {int(clu.parameter_overview.count_parameters(state.params)):,} parameters, "
+        f"{config.method}: {parameters:,} parameters, "
         f"{setup.mesh.size} × {setup.mesh.devices.flat[0].device_kind}, mesh "
         f"{dict(setup.mesh.shape)}, {len(source):,} records in {config.data.source!r}."
     )
@@ -191,7 +193,7 @@ def train(config, workdir: Path) -> TrainState:
     saved = first = step
     started = time.perf_counter()
 
-    with Interrupt(progress) as interrupt:
+    with contextlib.closing(batches), Interrupt(progress) as interrupt:
         while step < config.total_steps and not interrupt.asked:
             profile.before(step + 1)
             waiting = time.perf_counter()
@@ -230,7 +232,6 @@ def train(config, workdir: Path) -> TrainState:
         checkpoints.save(state, samples, config, {})
     checkpoints.close()
     writer.close()
-    batches.close()
     if step < config.total_steps:
         progress.say(f"Interrupted at step {step} and saved. The same command continues.")
     else:
@@ -297,6 +298,11 @@ def check_config(config, mesh: Mesh, image_views: tuple[str, ...]) -> None:
         raise ValueError(f"config.ema_decay={config.ema_decay} must lie in 0 … 1 (0: no average).")
     for name in image_views:
         augment.check_view(name, config.views[name])
+    if config.eval.every and config.eval.resize < config.model.image.resolution:
+        raise ValueError(
+            f"config.eval.resize={config.eval.resize} is smaller than the crop of "
+            f"config.model.image.resolution={config.model.image.resolution}."
+        )
     steps = config.profile.steps
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
         raise ValueError(

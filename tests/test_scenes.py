@@ -24,7 +24,7 @@ def _drawn(thing, background="white", size=64):
 
 
 def _coloured(image):
-    """Pixels that are neither background nor the ink of a texture, all of which are grey."""
+    """Pixels of objects, in either tone of a texture: backgrounds are grey."""
     return image.max(-1).astype(int) - image.min(-1) > 60
 
 
@@ -43,15 +43,20 @@ def test_scenes_stay_what_they_were():
     # Runs are compared with earlier ones: a changed scene must be a decision, not an accident.
     thing = Thing("cross", "purple", "dotted", "small")
     assert _described("train", 5) == Scene(((thing, 2, 1),), "grey")
-    assert Scenes("train")[5]["captions"][:2] == [
-        "a violet plus sign at the bottom",
-        "an image of a dotted violet plus sign at the bottom",
+    assert Scenes("train")[5]["captions"] == [
+        "a violet plus sign",
+        "an image of a purple plus sign",
+        "there is a violet plus sign at the bottom",
+        "there is a spotted purple plus sign",
+        "an image of a small spotted purple plus sign at the bottom, on a grey background",
     ]
-    first = "a big stripy red circle left of a big stripy blue disc"
-    assert Scenes("test")[1]["captions"][0] == first
+    assert Scenes("test")[1]["captions"][0] == (
+        "a picture of a big stripy red circle above and right of a big stripy blue disc, "
+        "on a grey background"
+    )
     # The mean only: another release of OpenCV may round a pixel otherwise.
     mean = Scenes("train")[5]["image"].mean((0, 1))
-    np.testing.assert_allclose(mean, [134.7, 131.2, 137.1], atol=0.5)
+    np.testing.assert_allclose(mean, [125.5, 121.2, 129.0], atol=0.5)
 
 
 def test_records():
@@ -72,7 +77,8 @@ def test_held_out_combinations():
         of_kind = [t for t in TRAINING if (t.shape, t.texture, t.size) == (shape, texture, size)]
         assert len(of_kind) >= 6
     for split, allowed in (("train", TRAINING), ("test", HELD_OUT), ("zeroshot", HELD_OUT)):
-        shown = [_described(split, index).objects for index in range(800)]
+        indices = range(min(len(Scenes(split)), 800))
+        shown = [_described(split, index).objects for index in indices]
         assert {thing for objects in shown for thing, _, _ in objects} <= set(allowed)
         assert {len(objects) for objects in shown} == ({1} if split == "zeroshot" else {1, 2, 3})
 
@@ -148,7 +154,7 @@ def _read(caption, scene):
 @pytest.mark.parametrize("split", scenes.SPLITS)
 def test_captions_are_true(split):
     source = Scenes(split, 16)
-    for index in range(500):
+    for index in range(min(len(source), 500)):
         scene = _described(split, index)
         for caption in source[index]["captions"]:
             for phrase in _read(caption, scene):
@@ -157,20 +163,30 @@ def test_captions_are_true(split):
                 assert (article == "an") == (letter in "aeiou"), caption
 
 
-def test_captions_of_training_use_every_word_and_vary_in_detail():
+def test_captions_of_training_use_every_word():
     source = Scenes("train", 16)
     captions = " ".join(caption for index in range(1000) for caption in source[index]["captions"])
     vocabulary = [*scenes.SHAPES, *scenes.COLOURS, *scenes.TEXTURES, *scenes.SIZES, *PLACES]
     vocabulary += [*scenes.BACKGROUNDS, *scenes.SYNONYMS, *NAMES, "above"]
     missing = [word for word in vocabulary if not re.search(rf"\b{word}\b", captions)]
     assert not missing
-    lengths = [len(caption.split()) for caption in source[1]["captions"]]
-    assert len(set(lengths)) > 1
+
+
+def test_captions_of_training_tell_from_colours_and_shapes_alone_to_everything():
+    source = Scenes("train", 16)
+    for index in range(100):
+        scene = _described("train", index)
+        first, second, *_, last = (_read(text, scene) for text in source[index]["captions"])
+        for phrase in first + second:
+            assert not (phrase["size"] or phrase["texture"] or phrase["place"])
+        for phrase in last:
+            assert phrase["size"] and phrase["texture"]
+            assert phrase["place"] or len(last) > 1  # two are told by how they lie to each other
 
 
 def test_retrieval_captions_are_unique():
     source = Scenes("test", 16)
-    captions = [caption for index in range(256) for caption in source[index]["captions"]]
+    captions = [caption for index in range(len(source)) for caption in source[index]["captions"]]
     assert len(set(captions)) == len(captions) == 5 * 256
 
 
@@ -181,7 +197,7 @@ def test_colours_and_sizes_are_those_named(size):
     for thing in TRAINING + HELD_OUT:
         image = _drawn(thing, size=size)
         coloured = _coloured(image)
-        # The purest pixels: others are mixed with the background or the ink.
+        # The purest pixels: others are mixed with the background or of a texture's darker tone.
         pixels = image[coloured]
         spread = pixels.max(-1) - pixels.min(-1)
         colour = np.median(pixels[spread >= np.quantile(spread, 0.7)], 0)
@@ -190,7 +206,7 @@ def test_colours_and_sizes_are_those_named(size):
         areas[thing] = coloured.sum()
     for thing, area in areas.items():
         if thing.size == "small":
-            assert areas[thing._replace(size="large")] > 1.5 * area, thing
+            assert areas[thing._replace(size="large")] > 2 * area, thing
 
 
 def test_objects_are_where_they_should_be():
@@ -200,24 +216,27 @@ def test_objects_are_where_they_should_be():
         assert len({(row, column) for _, row, column in scene.objects}) == len(scene.objects)
         if len(scene.objects) == 1:
             ((_, row, column),) = scene.objects
-            y, x = np.argwhere(coloured).mean(0)
-            assert (int(3 * y / 64), int(3 * x / 64)) == (row, column), scene
+            # The middle is narrow: large objects lie close to it, and crescents bulge to one side.
+            centroid = np.argwhere(coloured).mean(0) / 63
+            assert tuple(np.digitize(centroid, (0.4, 0.6))) == (row, column), scene
 
 
 def test_shapes_and_textures_look_different():
     kinds = itertools.product(scenes.SHAPES, scenes.TEXTURES)
-    drawn = {kind: _coloured(_drawn(Thing(kind[0], "red", kind[1], "large"))) for kind in kinds}
+    drawn = {kind: _drawn(Thing(kind[0], "red", kind[1], "large")) for kind in kinds}
     for a, b in itertools.combinations(drawn, 2):
-        either = (drawn[a] | drawn[b]).sum()
-        assert (drawn[a] ^ drawn[b]).sum() > 0.15 * either, (a, b)
+        # By brightness, not outline: a texture is a darker tone of the object's colour.
+        differ = np.abs(drawn[a] - drawn[b]).max(-1) > 50
+        either = _coloured(drawn[a]) | _coloured(drawn[b])
+        assert (differ & either).sum() > 0.15 * either.sum(), (a, b)
 
 
 def test_edges_are_smooth():
     image = _drawn(Thing("circle", "blue", "solid", "large"))
     red = image[..., 0]  # white background: about 225; blue: about 45
     between = (red > 80) & (red < 190)
-    # A circle of radius 13 has an edge of 84 pixels.
-    assert 40 < between.sum() < 130
+    # A circle of radius 17 has an edge of 107 pixels.
+    assert 40 < between.sum() < 110
 
 
 def test_wrong_arguments_are_named():
@@ -225,6 +244,6 @@ def test_wrong_arguments_are_named():
         Scenes("validation")
     with pytest.raises(ValueError, match="16 pixels.*not 8"):
         Scenes("train", 8)
-    for index in (-1, 1000):
+    for index in (-1, 256):
         with pytest.raises(IndexError, match=f"{index}.*'test'"):
             Scenes("test")[index]

@@ -28,7 +28,7 @@ def size(image: bytes | np.ndarray) -> tuple[int, int]:
     if isinstance(image, np.ndarray):
         return image.shape[:2]
     try:
-        height, width = _header_size(image)
+        height, width = header_size(image)
     except struct.error as error:
         raise ValueError(f"image header is cut off: {len(image)} bytes") from error
     if height < 1 or width < 1 or height * width > MAX_PIXELS:
@@ -36,7 +36,8 @@ def size(image: bytes | np.ndarray) -> tuple[int, int]:
     return height, width
 
 
-def _header_size(data: bytes) -> tuple[int, int]:
+def header_size(data: bytes) -> tuple[int, int]:
+    """Height and width that an encoded image claims, of any size; see `size` for the errors."""
     if _is_jpeg(data):
         return simplejpeg.decode_jpeg_header(data)[:2]
     if data.startswith(b"\x89PNG\r\n\x1a\n"):

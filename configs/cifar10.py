@@ -1,0 +1,43 @@
+"""A small CLIP on CIFAR-10 with captions made of its class names, from scratch on two CPU cores.
+
+Prepare the data first, as docs/data.md shows: `python -m declip_jax.prepare imagefolder … --output
+data/cifar10`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = common.get_config().unlock()
+    config.batch_size = 256
+    config.total_steps = 900
+
+    config.model.embed_dim = 64
+    config.model.image = dict(kind="vit", resolution=32, patch=4, width=96, layers=4, heads=3)
+    config.model.text.update(context=16, width=64, layers=1, heads=2)
+    config.model.dtype = "float32"
+    config.loss.logit_scale_range = (0.0, 4.6052)  # exp: 1 … 100
+
+    config.views.weak.update(crop_scale=(0.6, 1.0), flip=0.5)
+
+    config.data.source = "data/cifar10"
+    config.data.threads = 2
+
+    config.optim.peak_lr = 2e-3
+    config.optim.warmup_steps = 100
+
+    config.log_every = 20
+    config.checkpoint.every = 300
+    config.checkpoint.best_metric = "val/zeroshot/top1"
+
+    config.eval.every = 300
+    config.eval.resize = 32
+    config.eval.zeroshot.source = "data/cifar10"
+    config.eval.zeroshot.templates = (
+        "a photo of a {}.",
+        "a picture of a {}.",
+        "a photo of the {}.",
+    )
+    return common.finish(config, arg)

@@ -1,0 +1,16 @@
+"""CLIP ViT-B/32 on YFCC15M as DeCLIP trains it: 32 GPUs × 128 pairs, 128,000 steps.
+
+Prepare the data first: `python -m declip_jax.prepare jsonl --output data/yfcc15m …`, docs/data.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = common.get_config().unlock()  # whose values are this recipe's
+    config.data.source = "data/yfcc15m"
+    config.data.workers = 8
+    config.optim.frozen = (r"^image/patch_embed/",)  # the patch convolution stays as drawn
+    return common.finish(config, arg)
