@@ -12,10 +12,10 @@ from configs import common
 def get_config(arg: str = "") -> ConfigDict:
     config = common.get_config().unlock()
     config.batch_size = 256
-    config.total_steps = 900
+    config.total_steps = 1200
 
     config.model.embed_dim = 64
-    config.model.image = dict(kind="vit", resolution=32, patch=4, width=96, layers=4, heads=3)
+    config.model.image = dict(kind="vit", resolution=32, patch=8, width=128, layers=4, heads=4)
     config.model.text.update(context=16, width=64, layers=1, heads=2)
     config.model.dtype = "float32"
     config.loss.logit_scale_range = (0.0, 4.6052)  # exp: 1 … 100
@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.source = "data/cifar10"
     config.data.threads = 2
 
-    config.optim.peak_lr = 2e-3
+    config.optim.peak_lr = 1.5e-3
     config.optim.warmup_steps = 100
 
     config.log_every = 20

@@ -8,6 +8,7 @@ of processes, or where a run was interrupted.
 import functools
 import itertools
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -117,9 +118,18 @@ def train_batches(
         .map(make_batch)
         # Two batches at a time: one has images to decode when the other runs out of them.
         .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=max(2, prefetch)))
-        .mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=1))
+        .mp_prefetch(
+            grain.MultiprocessingOptions(workers, per_worker_buffer_size=1),
+            worker_init_fn=_ignore_interrupts if workers else None,
+        )
     )
     return _iterate(dataset)
+
+
+def _ignore_interrupts(index: int, count: int) -> None:
+    # A terminal sends Ctrl-C to all processes; the main one decides, and still needs its batches.
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def eval_images(

@@ -70,7 +70,6 @@ SYNONYMS = {
 }
 CLASS_NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 SPLITS = {"train": 10_000_000, "test": 256, "zeroshot": 10 * len(CLASS_NAMES)}
-CAPTIONS = 5  # of an image
 
 # Where the middle of an object lies, by its row or column in PLACES: large ones lie further in, so
 # that the edge cuts off little of them.
@@ -129,7 +128,7 @@ def describe(split: str, index: int, rng: random.Random) -> Scene:
 def _layouts(sizes: tuple[str, ...]) -> list[tuple[tuple[int, int], ...]]:
     """Every choice of a (row, column) for each object that keeps objects of these sizes apart.
 
-    Corners may touch: one pair in about forty overlaps, by a few per cent of its area.
+    Corners may touch: about one pair in forty overlaps a little.
     """
 
     def apart(a, b):
@@ -255,7 +254,7 @@ def draw(scene: Scene, size: int, rng: random.Random) -> np.ndarray:
         colour = [light * v + rng.uniform(-10, 10) for v in COLOURS[thing.colour]]
         colour = np.array(colour, np.float32).reshape(3, 1, 1)
         # All happens in a square window around the object.
-        side = min(size, math.ceil(2.2 * radius) + 2)
+        side = min(size, math.ceil(2.4 * radius) + 2)
         left, top = (min(max(round(v - side / 2), 0), size - side) for v in (x, y))
         window = image[:, top : top + side, left : left + side]
         centre = (x - left, y - top)
