@@ -11,7 +11,8 @@ from declip_jax.models.variants import variant
 
 def get_config(arg: str = "") -> ConfigDict:
     config = common.get_config().unlock()
-    config.model.update(variant("RN50"))
+    for section, sizes in variant("RN50").items():
+        config.model[section] = sizes  # replaced, not merged with the ViT's
     config.model.text.proj_bias = True
     config.data.source = "data/yfcc15m"
     config.data.workers = 8

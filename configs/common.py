@@ -24,9 +24,6 @@ def _common() -> ConfigDict:
 
     # --- model -----------------------------------------------------------------------------------
     config.model = ConfigDict(variant("ViT-B/32"))  # embed_dim, image, text
-    config.model.text.vocab_size = 49_409  # OpenAI's 49,408 and the mask
-    config.model.text.eot_id = 49_407
-    config.model.text.context = 77
     config.model.text.proj_bias = True  # DeCLIP's code has it; OpenAI's and open_clip's do not
     config.model.activation = "quick_gelu"  # or "gelu"
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from declip_jax import augment
 from declip_jax.methods import Method
-from declip_jax.parallel.mesh import replicated, shard_batch
+from declip_jax.parallel.mesh import check_batch_size, replicated, shard_batch
 
 
 class Encoder:
@@ -21,6 +21,7 @@ class Encoder:
     """
 
     def __init__(self, method: Method, config, mesh: Mesh):
+        check_batch_size("config.eval.batch_size", config.eval.batch_size, mesh)
         self._mesh = mesh
         self._batch_size = config.eval.batch_size
         self.context = config.model.text.context

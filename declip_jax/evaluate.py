@@ -63,14 +63,6 @@ def load(workdir: Path, step: str = "newest"):
     return config, encoder, chosen
 
 
-def read_class_names(path: Path) -> list[str]:
-    """One class a line, in the order of the labels; empty lines are left out."""
-    if not path.is_file():
-        raise ValueError(f"--classes={path}: no such file; expected one class name a line.")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [name for name in names if name]
-
-
 def evaluate(args: argparse.Namespace) -> tuple[dict, dict[str, float]]:
     """Runs the task of the command line; returns what was evaluated, and its metrics."""
     config, encoder, step = load(args.workdir, args.step)
@@ -79,13 +71,15 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, dict[str, float]]:
     settings.split = args.split or settings.split
     if args.templates:
         settings.templates = tuple(args.templates)
+    if args.prefix is not None:
+        settings.prefix = args.prefix
     reading = dict(
         resolution=config.model.image.resolution,
         resize=config.eval.resize,
         batch_size=config.eval.batch_size,
     )
-    if args.task == "zeroshot" and args.classes:
-        reading["class_names"] = read_class_names(args.classes)
+    if args.classes:
+        reading["classes"] = args.classes
     described = {
         "task": args.task,
         "data": args.data,
@@ -108,7 +102,7 @@ def main() -> None:
     parser.add_argument("--split", help="default: the one in the run's configuration")
     parser.add_argument("--step", default="newest", help="a number, 'best', or 'newest' (default)")
     parser.add_argument(
-        "--classes", type=Path, help="zeroshot: file of class names, one a line, by label"
+        "--classes", help="zeroshot: file of readable class names, one a line, by label"
     )
     parser.add_argument(
         "--template",
@@ -116,17 +110,20 @@ def main() -> None:
         dest="templates",
         help="zeroshot: prompt such as 'a photo of a {}.'; may be given several times",
     )
+    parser.add_argument("--prefix", help="retrieval: put before captions, as 'a photo of '")
     args = parser.parse_args()
+    if args.task == "retrieval" and (args.classes or args.templates):
+        parser.error("--classes and --template are for --task zeroshot")
+    if args.task == "zeroshot" and args.prefix is not None:
+        parser.error("--prefix is for --task retrieval")
     logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read
     try:
         described, metrics = evaluate(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print("{task} on {data} ({split}), {workdir} at step {step}:".format(**described))
-    print(
-        table({name: x for name, x in metrics.items() if name != "step" and not isinstance(x, str)})
-    )
-    print(json.dumps(metrics))
+    print(table(metrics))
+    print(json.dumps(described | metrics))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,17 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; a mistake ends in a line that names it, not in a trace."""
+    try:
+        rest = flags.FLAGS(argv)
+        _ = _CONFIG.value.method  # a missing file is reported at the first use
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # What a configuration file raised stands at the end of a quoted trace.
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set as --config.a.b=c")
@@ -36,4 +47,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

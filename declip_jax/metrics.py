@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -101,8 +102,13 @@ class Meter:
             jax.block_until_ready(self._pending[-3])
 
     def report(self, step: int) -> dict[str, float]:
-        """Mean of each metric since the last report, and throughput; begins a new window."""
+        """Mean of each metric since the last report, and throughput; begins a new window.
+
+        Empty if there was no step.
+        """
         steps = len(self._pending)
+        if not steps:
+            return {}
         pending = jax.device_get(self._pending)
         scalars = {
             f"train/{name}": float(np.mean([metrics[name] for metrics in pending]))
@@ -143,6 +149,7 @@ class Progress:
             f"  {duration(scalars['train/seconds_left'])} left"
         )
         if self._rewrites:
+            line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line would stay
             self._stream.write("\r" + line.ljust(self._width))
             self._width = len(line)
         else:

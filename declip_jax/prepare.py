@@ -446,7 +446,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--workers",
         type=positive,
-        default=len(os.sched_getaffinity(0)),
+        default=os.cpu_count(),
         metavar="N",
         help="processes; any number gives the same result (default: %(default)s)",
     )

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import math
+import os
 import signal
 import tempfile
 import time
@@ -19,6 +20,7 @@ from declip_jax import augment, methods, optim
 from declip_jax.checkpoint import CheckpointError, Checkpoints, config_differences, to_json
 from declip_jax.data.pipeline import train_batches
 from declip_jax.data.sources import open_source
+from declip_jax.data.tokenizer import EOT, VOCAB_SIZE
 from declip_jax.encode import Encoder
 from declip_jax.evals import suite
 from declip_jax.metrics import Meter, MetricWriter, Progress, duration, table
@@ -71,15 +73,15 @@ def make_train_step(method: methods.Method, tx, schedule, frozen: Any, config):
         (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = method.project(optax.apply_updates(state.params, updates))
+        params = jax.tree.map(lambda p, old, f: old if f else p, params, state.params, frozen)
         ema = state.ema
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
         metrics = {
             **aux.metrics,
             "learning_rate": schedule(state.step),
-            "logit_scale": jnp.exp(state.params["logit_scale"]),
-            "grad_norm": optax.global_norm(grads),
-            "update_norm": optax.global_norm(updates),
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
         }
         state = state.replace(
             step=state.step + 1, params=params, opt_state=opt_state, extra=aux.extra, ema=ema
@@ -193,11 +195,25 @@ def train(config, workdir: Path) -> TrainState:
     saved = first = step
     started = time.perf_counter()
 
-    with contextlib.closing(batches), Interrupt(progress) as interrupt:
+    def save_rest() -> None:
+        if step != saved:
+            check_finite(meter.report(step), step, workdir)
+            checkpoints.save(state, samples, config, {})
+
+    with contextlib.ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
+        for part in (checkpoints, writer, profile, batches):
+            stack.callback(part.close)
         while step < config.total_steps and not interrupt.asked:
             profile.before(step + 1)
             waiting = time.perf_counter()
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except (ValueError, RuntimeError):  # a record that cannot be read, a worker killed
+                if interrupt.asked:
+                    break  # SIGTERM to the whole group of processes ends the workers at once
+                save_rest()
+                raise
             meter.waited(time.perf_counter() - waiting)
 
             calling = time.perf_counter()
@@ -217,7 +233,7 @@ def train(config, workdir: Path) -> TrainState:
                 continue
             scalars = meter.report(step)
             progress.show(step, scalars)
-            check_finite(scalars, step, checkpoints)
+            check_finite(scalars, step, workdir)
             evaluation = {}
             if evaluates:
                 evaluation = suite.run(tasks, encoder.use(state.eval_params, state.extra))
@@ -227,11 +243,8 @@ def train(config, workdir: Path) -> TrainState:
                 checkpoints.save(state, samples, config, evaluation)
                 saved = step
             meter.restart()
+        save_rest()
 
-    if saved != step:
-        checkpoints.save(state, samples, config, {})
-    checkpoints.close()
-    writer.close()
     if step < config.total_steps:
         progress.say(f"Interrupted at step {step} and saved. The same command continues.")
     else:
@@ -245,9 +258,7 @@ def train(config, workdir: Path) -> TrainState:
 class Interrupt:
     """While open, the first SIGINT or SIGTERM only sets `asked`; a second SIGINT stops at once."""
 
-    def __init__(self, progress: Progress):
-        self.asked = False
-        self._progress = progress
+    asked = False
 
     def __enter__(self) -> "Interrupt":
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -258,7 +269,8 @@ class Interrupt:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        self._progress.say("Stopping after this step (interrupt again to stop without saving).")
+        # Not print: it may be what was interrupted.
+        os.write(2, b"\nStopping after this step; Ctrl-C again stops without saving.\n")
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
@@ -266,21 +278,28 @@ class Interrupt:
 
 
 class Profile:
-    """An XLA profile of steps first … last, written where TensorBoard's profile plugin looks."""
+    """An XLA profile of steps first … last, written where TensorBoard's profile plugin looks.
+
+    A run that is resumed or ends between them has the steps that it did.
+    """
 
     def __init__(self, steps: tuple[int, ...], workdir: Path):
-        self._first, self._last = steps or (None, None)
+        self._steps = range(steps[0], steps[1] + 1) if steps else ()
         self._workdir = workdir
         self._running = False
 
     def before(self, step: int) -> None:
-        if step == self._first:
+        if step in self._steps and not self._running:
             jax.profiler.start_trace(str(self._workdir))
             self._running = True
 
     def after(self, step: int, metrics) -> None:
-        if self._running and step == self._last:
+        if self._running and step + 1 not in self._steps:
             jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
             jax.profiler.stop_trace()
             self._running = False
 
@@ -289,11 +308,17 @@ def check_config(config, mesh: Mesh, image_views: tuple[str, ...]) -> None:
     """Raises ValueError, naming the field, for what no module that is built later would refuse."""
     for name in ("batch_size", "eval.batch_size"):
         check_batch_size(f"config.{name}", config[name], mesh)
-    for name in ("total_steps", "log_every", "checkpoint.every", "checkpoint.keep"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name}={config[name]} must be at least 1.")
-    if config.eval.every < 0:
-        raise ValueError(f"config.eval.every={config.eval.every} must be >= 0 (0: never).")
+    at_least = dict.fromkeys(("total_steps", "log_every", "checkpoint.every", "checkpoint.keep"), 1)
+    at_least |= {
+        "data.threads": 1,
+        "data.workers": 0,
+        "data.prefetch": 1,
+        "eval.every": 0,
+        "seed": 0,
+    }
+    for name, least in at_least.items():
+        if config[name] < least:
+            raise ValueError(f"config.{name}={config[name]} must be at least {least}.")
     if not 0 <= config.ema_decay < 1:
         raise ValueError(f"config.ema_decay={config.ema_decay} must lie in 0 … 1 (0: no average).")
     for name in image_views:
@@ -304,10 +329,22 @@ def check_config(config, mesh: Mesh, image_views: tuple[str, ...]) -> None:
             f"config.model.image.resolution={config.model.image.resolution}."
         )
     steps = config.profile.steps
-    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= config.total_steps):
         raise ValueError(
-            f"config.profile.steps={tuple(steps)} must be (first, last) with 1 <= first <= last, "
-            "or () for no profile."
+            f"config.profile.steps={tuple(steps)} must be (first, last) with 1 <= first <= last "
+            f"<= config.total_steps={config.total_steps}, or () for no profile."
+        )
+    text = config.model.text
+    if text.vocab_size < VOCAB_SIZE or text.eot_id != EOT:
+        raise ValueError(
+            f"config.model.text.vocab_size={text.vocab_size} and eot_id={text.eot_id} do not fit "
+            f"the tokenizer: at least {VOCAB_SIZE} ids, of which {EOT} ends a text."
+        )
+    groups = config.model.image.bn_group_size if config.model.image.kind == "resnet" else 0
+    if groups and config.batch_size % groups:
+        raise ValueError(
+            f"config.batch_size={config.batch_size} is not a multiple of "
+            f"config.model.image.bn_group_size={groups}."
         )
 
 
@@ -336,14 +373,17 @@ def check_same_model(saved: dict[str, Any], config, workdir: Path, progress: Pro
         progress.say("Continuing with changed settings (saved -> now):\n  " + "\n  ".join(other))
 
 
-def check_finite(scalars: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
-    """Raises FloatingPointError if the loss is not a number any more; nothing is overwritten."""
-    if not math.isfinite(scalars["train/loss"]):
-        raise FloatingPointError(
-            f"The loss is {scalars['train/loss']} at step {step}. The checkpoints of steps "
-            f"{checkpoints.steps()} are untouched: continue from one with a lower "
-            "config.optim.peak_lr, a longer warm-up, or config.optim.clip_norm=1."
-        )
+def check_finite(scalars: dict[str, float], step: int, workdir: Path) -> None:
+    """Raises FloatingPointError if loss or gradients are no numbers any more, before a save."""
+    for name in ("loss", "grad_norm"):
+        value = scalars.get(f"train/{name}", 0.0)
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {value} at step {step}; nothing was saved since. The same command "
+                f"continues from the newest of {workdir / 'checkpoints'} (move folders away to go "
+                "further back): give it a lower config.optim.peak_lr, a longer warm-up, or "
+                "config.optim.clip_norm=1."
+            )
 
 
 def prepare_workdir(workdir: Path) -> None:

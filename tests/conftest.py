@@ -1,15 +1,8 @@
-"""Eight devices on the CPU, so that every test of sharding runs on any machine.
-
-Compiled programs are shared by the tests of one session, in this process and in those it starts.
-"""
+"""Eight devices on the CPU, so that every test of sharding runs on any machine."""
 
 import os
-import tempfile
 
-_CACHE = tempfile.TemporaryDirectory(prefix="declip_jax_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start, too
 
 import jax  # noqa: E402  (reads the environment)
 

@@ -79,7 +79,7 @@ def test_own_class_names_and_templates(run, tmp_path, capsys, monkeypatch):
         (["--data", "nowhere"], "data source 'nowhere'"),
         (["--split", "tset"], "'tset'"),
         (["--split", "test"], "has no classes to choose from"),
-        (["--classes", "nowhere.txt"], "--classes=nowhere.txt: no such file"),
+        (["--classes", "nowhere.txt"], "--classes nowhere.txt"),
         (["--template", "a photo"], "a photo"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
@@ -107,4 +107,4 @@ def test_every_command_has_help(name):
         capture_output=True,
         text=True,
     )
-    assert "declip_jax" in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert "declip_jax" in done.stdout and "Traceback" not in done.stderr

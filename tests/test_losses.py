@@ -54,3 +54,11 @@ def test_retrieval_accuracy_counts_ranks():
     accuracy = contrastive.retrieval_accuracy(contrastive.normalise(jnp.asarray(queries)), keys)
     np.testing.assert_allclose(accuracy["top1"], 6 / 8)
     np.testing.assert_allclose(accuracy["top5"], 7 / 8)
+
+
+def test_collapsed_features_and_nan_do_not_look_accurate():
+    same = jnp.ones((10, 4)) / 2
+    accuracy = contrastive.retrieval_accuracy(same, same)
+    np.testing.assert_allclose([accuracy["top1"], accuracy["top5"]], [1 / 10, 5 / 10])
+    nothing = contrastive.retrieval_accuracy(same * jnp.nan, same)
+    np.testing.assert_allclose([nothing["top1"], nothing["top5"]], 0)

@@ -63,7 +63,9 @@ def test_wrong_settings_are_named(changes, named):
 
 def test_parameter_that_no_decay_rule_covers_is_refused():
     tx, _ = optim.make_optimizer(config(), {**PARAMS, "odd": {"gamma": jnp.ones(2)}})
-    with pytest.raises(ValueError, match="decay_rules covers no pattern for: odd/gamma"):
+    with pytest.raises(
+        ValueError, match="No pattern of config.optim.decay_rules covers: odd/gamma"
+    ):
         jax.eval_shape(tx.init, {**PARAMS, "odd": {"gamma": jnp.ones(2)}})
 
 

@@ -97,7 +97,7 @@ def test_match_takes_the_first_rule_and_names_what_is_uncovered():
         "a": {"kernel": "x", "bias": "y"},
         "kernels": ["y"],
     }
-    with pytest.raises(ValueError, match="rules covers no pattern for: a/bias"):
+    with pytest.raises(ValueError, match="No pattern of rules covers: a/bias"):
         rules.match(tree, [("kernel", "x")], "rules")
 
 

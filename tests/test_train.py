@@ -216,6 +216,11 @@ def test_loss_that_is_no_number_stops_the_run(tmp_path):
         ({"method": "clop"}, "config.method='clop'"),
         ({"ema_decay": 1.0}, "config.ema_decay=1.0"),
         ({"profile.steps": (5, 2)}, "config.profile.steps=(5, 2)"),
+        ({"data.workers": -1}, "config.data.workers=-1"),
+        ({"model.text.vocab_size": 100}, "config.model.text.eot_id"),
+        ({"model.text.vocab_size": 49_408}, "config.model.text.vocab_size=49408"),
+        ({"model.image.bn_group_size": 3}, "config.model.image.bn_group_size=3"),
+        ({"loss.logit_scale_range": (2.0, 1.0)}, "config.loss.logit_scale_range=(2.0, 1.0)"),
         ({"data.source": "nowhere"}, "data source 'nowhere'"),
         ({"data.split": "trian"}, "trian"),
         ({"checkpoint.best_metric": "val/zeroshot/top1"}, "config.checkpoint.best_metric"),
@@ -254,12 +259,13 @@ def test_workdir_that_cannot_be_written(tmp_path):
         (["--config=configs/quickstart.py:tiny", "--config.loss.weights.clap=1"], "clap"),
         (["--config=configs/quickstart.py:tyni", "--workdir=x"], "tyni"),
         (["--config=configs/quickstart.py:tiny"], "workdir"),
+        (["--config=configs/nowhere.py", "--workdir=x"], "configs/nowhere.py"),
         (
             ["--config=configs/quickstart.py:tiny", "--workdir=x", "--config.mesh.data=7"],
             "mesh.data=7",
         ),
     ],
-    ids=["help", "field", "weight", "argument", "workdir", "mesh"],
+    ids=["help", "field", "weight", "argument", "workdir", "file", "mesh"],
 )
 def test_command_line(arguments, said, tmp_path):
     done = subprocess.run(
@@ -270,4 +276,5 @@ def test_command_line(arguments, said, tmp_path):
         text=True,
     )
     assert done.returncode != 0 or arguments == ["--help"]
+    assert "Traceback" not in done.stderr
     assert said in done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """The evaluations of a run: which data, which task, which metrics."""
 
 from declip_jax.data.pipeline import eval_images
+from declip_jax.data.raw import read_class_names
 from declip_jax.data.sources import open_source
 from declip_jax.data.tokenizer import tokenize
 from declip_jax.evals.retrieval import collect, retrieval
@@ -10,16 +11,23 @@ from declip_jax.evals.zeroshot import class_embeddings, zeroshot
 class Zeroshot:
     """Zero-shot classification of a source with classes.
 
+    Args:
+      settings: source, split and templates.
+      resolution, resize, batch_size: of `eval_images`.
+      classes: a file of other names for the classes; see `data.raw.read_class_names`.
+
     Raises (when built, so that a mistake shows at the start of a run):
-      ValueError: no such data, or data without classes and no `class_names`.
+      ValueError: no such data, data without classes, or names that do not fit them.
     """
 
     name = "zeroshot"
     metrics = ("top1", "top5", "mean_per_class")
 
-    def __init__(self, settings, *, resolution, resize, batch_size, class_names=()):
+    def __init__(self, settings, *, resolution, resize, batch_size, classes=None):
         self._source = open_source(settings.source, settings.split)
-        self._class_names = tuple(class_names) or self._source.class_names
+        self._class_names = self._source.class_names
+        if classes:
+            self._class_names = tuple(read_class_names(classes, self._class_names).values())
         if not self._class_names:
             raise ValueError(
                 f"{settings.source!r} split {settings.split!r} has no classes to choose from: "

@@ -51,7 +51,14 @@ def clip_loss(image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def retrieval_accuracy(queries: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
-    """Share of [B, D] unit rows whose own key is the nearest, or among the nearest five."""
+    """Share of [B, D] unit rows whose own key is the nearest, or among the nearest five.
+
+    Of equally near keys those with the lower index count as nearer: features that are all the
+    same, or not numbers, do not look accurate.
+    """
     logits = similarity(queries, keys, jnp.ones(()))  # [B, B]
-    rank = (logits > jnp.diagonal(logits)[:, None]).sum(axis=1)  # [B]
+    own = jnp.diagonal(logits)[:, None]
+    place = jnp.arange(len(logits))
+    behind = (logits < own) | ((logits == own) & (place[None, :] >= place[:, None]))
+    rank = (~behind).sum(axis=1)  # [B]
     return {"top1": (rank < 1).mean(), "top5": (rank < 5).mean()}

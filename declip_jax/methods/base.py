@@ -67,6 +67,15 @@ def weighted_sum(terms: Mapping[str, jax.Array], weights: Mapping[str, float]) -
     return sum(weights[name] * term for name, term in terms.items())
 
 
+def logit_scale_limits(limits) -> tuple[float, float]:
+    """Returns `config.loss.logit_scale_range` as (low, high); raises ValueError if it is not."""
+    if len(limits) != 2 or not limits[0] <= limits[1]:
+        raise ValueError(
+            f"config.loss.logit_scale_range={tuple(limits)} must be (low, high), low <= high."
+        )
+    return tuple(limits)
+
+
 def clamp_logit_scale(params: PyTree, limits: tuple[float, float]) -> PyTree:
     """Keeps params["logit_scale"] within `limits` (of the parameter, a logarithm)."""
     return {**params, "logit_scale": jnp.clip(params["logit_scale"], *limits)}

@@ -9,6 +9,7 @@ from declip_jax.methods.base import (
     Views,
     check_weights,
     clamp_logit_scale,
+    logit_scale_limits,
     two_tower_functions,
     weighted_sum,
 )
@@ -18,7 +19,7 @@ from declip_jax.models.two_towers import TwoTowers, two_towers
 def build(config) -> Method:
     towers = two_towers(config.model)
     weights = check_weights(config.loss.weights, terms=("clip",))
-    limits = tuple(config.loss.logit_scale_range)
+    limits = logit_scale_limits(config.loss.logit_scale_range)
 
     def loss(params, extra, batch, rng):
         del rng  # nothing here is random
@@ -36,9 +37,11 @@ def build(config) -> Method:
         )
         image, text = normalise(image), normalise(text)  # [B, D]
 
-        terms = {"clip": clip_loss(image, text, jnp.exp(params["logit_scale"]))}
+        scale = jnp.exp(params["logit_scale"])
+        terms = {"clip": clip_loss(image, text, scale)}
         total = weighted_sum(terms, weights)
-        return total, Aux({"loss": total, **terms, **retrieval_accuracy(image, text)}, extra)
+        metrics = {"loss": total, **terms, "logit_scale": scale, **retrieval_accuracy(image, text)}
+        return total, Aux(metrics, extra)
 
     return Method(
         views=Views(image=("weak",), text=("caption",)),

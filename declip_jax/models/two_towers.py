@@ -74,7 +74,7 @@ def two_towers(config: Any) -> TwoTowers:
     def build(tower: type[nn.Module], section: str) -> nn.Module:
         """The tower with its own fields from config[section] and the shared ones it knows."""
         fields = {field.name for field in dataclasses.fields(tower)} - {"parent", "name"}
-        sizes = {name: value for name, value in config[section].items() if name != "kind"}
+        sizes = {name: config[section][name] for name in config[section] if name != "kind"}
         if set(sizes) != fields - set(shared):
             raise ValueError(
                 f"model.{section} has the fields {sorted(sizes)}: expected for a "

@@ -46,8 +46,8 @@ def match(tree: Any, rules: Sequence[tuple[str, Any]], what: str) -> Any:
     values = jax.tree_util.tree_map_with_path(value_of, tree)
     if uncovered:
         raise ValueError(
-            f"{what} covers no pattern for: {', '.join(uncovered)}. "
-            f"Add a rule for each; the patterns are {[pattern for pattern, _ in rules]}."
+            f"No pattern of {what} covers: {', '.join(uncovered)}. "
+            f"Add one for each; the patterns are {[pattern for pattern, _ in rules]}."
         )
     return values
 
