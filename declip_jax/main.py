@@ -27,8 +27,11 @@ def parse_flags(argv: list[str]) -> list[str]:
         _ = _CONFIG.value.method  # a missing file is reported at the first use
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        while error.args and isinstance(error.args[0], Exception):  # an unknown field's is wrapped
+            error = error.args[0]
+        message = str(error.args[0] if isinstance(error, KeyError) else error)
         # What a configuration file raised stands at the end of a quoted trace.
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
+        sys.exit(f"error: {message.strip().splitlines()[-1].strip()}")
 
 
 def main(argv: list[str]) -> None:

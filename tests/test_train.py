@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from configs import quickstart
 from declip_jax import prepare
+from declip_jax import train as train_module
 from declip_jax.checkpoint import CheckpointError, Checkpoints
 from declip_jax.metrics import read_metrics
 from declip_jax.train import Setup, train
@@ -199,6 +201,20 @@ def test_frozen_parameters_stay_and_others_move(tmp_path):
         before["image"]["conv1"]["kernel"], after["image"]["conv1"]["kernel"]
     )
     assert not np.array_equal(before["image"]["conv2"]["kernel"], after["image"]["conv2"]["kernel"])
+
+
+def test_sigterm_saves_the_step_in_hand(tmp_path, monkeypatch):
+    class Terminated(train_module.Progress):
+        def show(self, step, scalars):
+            super().show(step, scalars)
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_module, "Progress", Terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    state = train(tiny(**{"checkpoint.every": 100}), tmp_path)
+    assert int(state.step) == 1 and Checkpoints(tmp_path, read_only=True).steps() == [1]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_loss_that_is_no_number_stops_the_run(tmp_path):
