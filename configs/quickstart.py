@@ -12,7 +12,7 @@ from configs import common
 def get_config(arg: str = "") -> ConfigDict:
     config = common.get_config().unlock()
     config.batch_size = 128
-    config.total_steps = 600
+    config.total_steps = 700
 
     config.model.embed_dim = 128
     config.model.image = dict(

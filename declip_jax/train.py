@@ -136,9 +136,13 @@ def train(config, workdir: Path) -> TrainState:
     Returns:
       The last state.
     """
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     progress = Progress(config.total_steps)
+    if config.compilation_cache:
+        if config.profile.steps and jax.default_backend() == "cpu":
+            # jaxlib 0.10.2 crashes when it traces a CPU program that came out of the cache.
+            progress.say("config.compilation_cache is not used while profiling on a CPU.")
+        else:
+            jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     setup = Setup(config)
     check_config(config, setup.mesh, setup.method.views.image)
     tasks = suite.build(config) if config.eval.every else []
