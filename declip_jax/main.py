@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
     try:
         train(_CONFIG.value, Path(_WORKDIR.value))
+    except KeyboardInterrupt:
+        sys.exit("Stopped without saving.")
     except (ValueError, FloatingPointError) as error:
         logging.debug("where it was raised", exc_info=True)
         sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")

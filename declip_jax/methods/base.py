@@ -20,7 +20,13 @@ class Views(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a loss returns beside its value."""
+    """What a loss returns beside its value.
+
+    Attributes:
+      metrics: scalars to log: "loss" and "top1", which the progress line shows, every term of the
+        loss under its name, and whatever else tells how the method does.
+      extra: the new value of the state that is not parameters.
+    """
 
     metrics: dict[str, jax.Array]
     extra: PyTree
