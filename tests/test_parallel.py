@@ -31,11 +31,12 @@ def batch():
     return {"image": rng.integers(0, 256, (16, 1, 32, 32, 3)).astype(np.uint8), "tokens": tokens}
 
 
-def loss_and_gradients(kind, devices, data, fsdp):
+def loss_and_gradients(kind, devices, data, fsdp, state=None):
     c = config(kind)
     c.mesh.update(data=data, fsdp=fsdp)
     setup = Setup(c, devices)
-    state = setup.init_state()
+    # One program makes the state, which then is laid over the mesh.
+    state = setup.init_state() if state is None else jax.device_put(state, setup.state_shardings)
     views = [c.views.weak]
 
     @jax.jit
@@ -51,16 +52,15 @@ def loss_and_gradients(kind, devices, data, fsdp):
 
 @pytest.fixture(scope="module")
 def one_device():
-    return {
-        kind: loss_and_gradients(kind, jax.devices()[:1], 1, 1)[0] for kind in ("vit", "resnet")
-    }
+    found = {kind: loss_and_gradients(kind, jax.devices()[:1], 1, 1) for kind in ("vit", "resnet")}
+    return {kind: (result, jax.device_get(state)) for kind, (result, state) in found.items()}
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_sharded_equals_one_device(kind, shape, one_device):
-    (loss, extra, grads), state = loss_and_gradients(kind, jax.devices(), *shape)
-    one_loss, one_extra, one_grads = one_device[kind]
+    (one_loss, one_extra, one_grads), state = one_device[kind]
+    (loss, extra, grads), state = loss_and_gradients(kind, jax.devices(), *shape, state)
     np.testing.assert_allclose(loss, one_loss, rtol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), extra, one_extra

@@ -189,7 +189,8 @@ def test_another_architecture_in_the_workdir_names_the_fields(run):
 
 
 def test_frozen_parameters_stay_and_others_move(tmp_path):
-    setup = Setup(tiny(**{"optim.frozen": ("^image/conv1/",), "batch_size": 8}))
+    config = tiny(**{"optim.frozen": ("^image/conv1/",), "batch_size": 8})
+    setup = Setup(config, jax.devices()[:1])
     before = jax.device_get(setup.init_state().params)
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 49405, (8, 1, 32)).astype(np.int32)
