@@ -11,6 +11,8 @@ falls on all variants alike; the table gives the median and the fastest round.
 import argparse
 import importlib.util
 import json
+import os
+import platform
 import statistics
 import sys
 import time
@@ -94,6 +96,7 @@ def main() -> None:
     result = {
         "config": args.config,
         "devices": f"{jax.device_count()} × {device.device_kind}",
+        "host": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "jax": jax.__version__,
         "variants": {},
     }
@@ -114,7 +117,9 @@ def main() -> None:
         }
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(
+            json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
