@@ -143,10 +143,11 @@ class Progress:
             f"step {step:>{len(str(self._total))}}/{self._total}"
             f"  loss {scalars['train/loss']:.4f}"
             f"  top-1 {100 * scalars['train/top1']:.1f} %"
-            f"  lr {scalars['train/learning_rate']:.2e}"
-            f"  {scalars['train/pairs_per_s']:,.0f} pairs/s"
-            f"  data wait {100 * scalars['train/data_wait_share']:.0f} %"
             f"  {duration(scalars['train/seconds_left'])} left"
+            f"  {scalars['train/pairs_per_s']:,.0f} pairs/s"
+            # What a narrow terminal cuts off.
+            f"  data wait {100 * scalars['train/data_wait_share']:.0f} %"
+            f"  lr {scalars['train/learning_rate']:.2e}"
         )
         if self._rewrites:
             line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line would stay

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from declip_jax import augment, methods, optim
 from declip_jax.checkpoint import CheckpointError, Checkpoints, config_differences, to_json
 from declip_jax.data.pipeline import train_batches
-from declip_jax.data.sources import open_source
+from declip_jax.data.sources import Source, open_source
 from declip_jax.data.tokenizer import EOT, VOCAB_SIZE
 from declip_jax.encode import Encoder
 from declip_jax.evals import suite
@@ -126,6 +126,24 @@ class Setup:
         step = make_train_step(self.method, self.tx, self.schedule, self.frozen, self.config)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))
 
+    def batches(self, source: Source, start_sample: int = 0):
+        """This process's share of the batches that the method asks for; see `train_batches`."""
+        config, views = self.config, self.method.views
+        return train_batches(
+            source,
+            image_views=[config.views[name] for name in views.image],
+            text_views=views.text,
+            resolution=config.model.image.resolution,
+            context=config.model.text.context,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_sample=start_sample,
+            shard=(jax.process_index(), jax.process_count()),
+            workers=config.data.workers,
+            threads=config.data.threads,
+            prefetch=config.data.prefetch,
+        )
+
 
 def train(config, workdir: Path) -> TrainState:
     """Trains until `config.total_steps`, continuing from the workdir's newest checkpoint.
@@ -179,20 +197,7 @@ def train(config, workdir: Path) -> TrainState:
     step = int(state.step)
     train_step = setup.jit_train_step()
     encoder = Encoder(setup.method, config, setup.mesh)
-    batches = train_batches(
-        source,
-        image_views=[config.views[name] for name in setup.method.views.image],
-        text_views=setup.method.views.text,
-        resolution=config.model.image.resolution,
-        context=config.model.text.context,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_sample=samples,
-        shard=(jax.process_index(), jax.process_count()),
-        workers=config.data.workers,
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
-    )
+    batches = setup.batches(source, samples)
     writer = MetricWriter(workdir, step)
     meter = Meter(config.batch_size, config.total_steps)
     profile = Profile(config.profile.steps, workdir)

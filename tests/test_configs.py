@@ -10,7 +10,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from declip_jax.data.pipeline import train_batches
 from declip_jax.data.sources import open_source
 from declip_jax.parallel.mesh import shard_batch
 from declip_jax.train import Setup, train
@@ -26,15 +25,7 @@ def load(name, arg=""):
 def test_smoke_run_takes_a_real_step(name):
     config = load(name, "tiny")
     setup = Setup(config, jax.devices()[:1])
-    batches = train_batches(
-        open_source(config.data.source, config.data.split),
-        image_views=[config.views[view] for view in setup.method.views.image],
-        text_views=setup.method.views.text,
-        resolution=config.model.image.resolution,
-        context=config.model.text.context,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
+    batches = setup.batches(open_source(config.data.source, config.data.split))
     with contextlib.closing(batches):
         batch = shard_batch(next(batches), setup.mesh)
     state, metrics = setup.jit_train_step()(setup.init_state(), batch)

@@ -87,6 +87,17 @@ def test_progress_on_a_terminal_rewrites_one_line():
     assert len(second) >= len(first)  # nothing of the longer line is left
 
 
+def test_progress_on_a_narrow_terminal_is_one_row_and_keeps_the_time_left(monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    size = metrics.shutil.os.terminal_size((80, 24))
+    monkeypatch.setattr(metrics.shutil, "get_terminal_size", lambda: size)
+    scalars = {**SCALARS, "train/pairs_per_s": 123_456.0, "train/seconds_left": 200_000.0}
+    metrics.Progress(128_000, stream).show(127_999, scalars)
+    line = stream.getvalue().removeprefix("\r")
+    assert len(line) < 80 and "2d 07:33:20 left  123,456 pairs/s" in line
+
+
 @pytest.mark.parametrize(
     "seconds, text",
     [(5, "0:05"), (65.4, "1:05"), (3725, "1:02:05"), (90061, "1d 01:01:01"), (float("inf"), "?")],
