@@ -219,7 +219,7 @@ def make_gallery(config, encoder, images: int, captions: int) -> list:
     """
     settings = config.eval.retrieval if config.eval.retrieval.source else config.data
     source = open_source(settings.source, settings.split)
-    pixels, texts = [], []
+    pixels, captions_of = [], []
     for batch in eval_images(
         source,
         resolution=config.model.image.resolution,
@@ -227,10 +227,11 @@ def make_gallery(config, encoder, images: int, captions: int) -> list:
         batch_size=config.eval.batch_size,
     ):
         pixels.extend(batch["image"])
-        texts.extend(own[-1] for own in batch["captions"])
+        captions_of.extend(batch["captions"])
         if len(pixels) >= images:
             break
-    pixels, texts = np.stack(pixels[:images]), texts[:images]
+    pixels = np.stack(pixels[:images])
+    texts = [own[-1] for own in captions_of[:images]]
     shown = np.linspace(0, len(texts) - 1, min(captions, len(texts)), dtype=int)
     found = top_matches(
         encoder.encode_text(tokenize([texts[i] for i in shown], encoder.context)),
@@ -238,7 +239,8 @@ def make_gallery(config, encoder, images: int, captions: int) -> list:
         k=5,
     )
     return [
-        (texts[i], [(pixels[j], bool(j == i)) for j in matches])
+        # Captions made of class names are those of many images.
+        (texts[i], [(pixels[j], texts[i] in captions_of[j]) for j in matches])
         for i, matches in zip(shown, found, strict=True)
     ]
 

@@ -95,7 +95,7 @@ def test_progress_on_a_narrow_terminal_is_one_row_and_keeps_the_time_left(monkey
     scalars = {**SCALARS, "train/pairs_per_s": 123_456.0, "train/seconds_left": 200_000.0}
     metrics.Progress(128_000, stream).show(127_999, scalars)
     line = stream.getvalue().removeprefix("\r")
-    assert len(line) < 80 and "2d 07:33:20 left  123,456 pairs/s" in line
+    assert len(line) < 80 and "2d 07:33:20 left" in line
 
 
 @pytest.mark.parametrize(
