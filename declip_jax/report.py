@@ -214,8 +214,8 @@ def make_gallery(config, encoder, images: int, captions: int) -> list:
     Args:
       config: of the run; without a `config.eval.retrieval.source`, its training data is used.
       encoder: encodes images and tokens.
-      images: how many of the set to search, from its first.
-      captions: how many to show, spread evenly over those images.
+      images: how many of the set to search, spread evenly over it.
+      captions: how many to show, spread evenly over those images'.
     """
     settings = config.eval.retrieval if config.eval.retrieval.source else config.data
     source = open_source(settings.source, settings.split)
@@ -225,23 +225,22 @@ def make_gallery(config, encoder, images: int, captions: int) -> list:
         resolution=config.model.image.resolution,
         resize=config.eval.resize,
         batch_size=config.eval.batch_size,
+        most=images,
     ):
-        pixels.extend(batch["image"])
+        pixels.append(batch["image"])
         captions_of.extend(batch["captions"])
-        if len(pixels) >= images:
-            break
-    pixels = np.stack(pixels[:images])
-    texts = [own[-1] for own in captions_of[:images]]
-    shown = np.linspace(0, len(texts) - 1, min(captions, len(texts)), dtype=int)
+    pixels = np.concatenate(pixels)
+    # Captions made of class names are those of many images: each is shown once, and is right for
+    # all of them.
+    texts = list(dict.fromkeys(own[-1] for own in captions_of))
+    shown = min(captions, len(texts))
+    texts = [texts[i * len(texts) // shown] for i in range(shown)]
     found = top_matches(
-        encoder.encode_text(tokenize([texts[i] for i in shown], encoder.context)),
-        encoder.encode_image(pixels),
-        k=5,
+        encoder.encode_text(tokenize(texts, encoder.context)), encoder.encode_image(pixels), k=5
     )
     return [
-        # Captions made of class names are those of many images.
-        (texts[i], [(pixels[j], texts[i] in captions_of[j]) for j in matches])
-        for i, matches in zip(shown, found, strict=True)
+        (text, [(pixels[j], text in captions_of[j]) for j in matches])
+        for text, matches in zip(texts, found, strict=True)
     ]
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from declip_jax.data import records
 from declip_jax.data.pipeline import eval_images, train_batches
+from declip_jax.data.scenes import Scenes
 from declip_jax.data.sources import open_source
 from declip_jax.data.tokenizer import tokenize
 
@@ -302,3 +303,12 @@ def test_a_damaged_shard_is_reported_by_record(tmp_path):
     source = open_source(str(tmp_path), "train")
     with pytest.raises(ValueError, match=f"record [34] .*{tmp_path} split 'train'"):
         list(eval_images(source, resolution=8, resize=8, batch_size=8))
+
+
+def test_eval_images_of_a_part_are_spread_over_the_source():
+    scenes = Scenes("test")
+    reading = dict(resolution=32, resize=32, batch_size=4)
+    keys = [key for batch in eval_images(scenes, most=10, **reading) for key in batch["key"]]
+    assert keys == [scenes[i * len(scenes) // 10]["key"] for i in range(10)]
+    everything = [b["key"] for b in eval_images(scenes, most=10**6, **reading)]
+    assert sum(map(len, everything)) == len(scenes)

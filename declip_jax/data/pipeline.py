@@ -133,7 +133,7 @@ def _ignore_interrupts(index: int, count: int) -> None:
 
 
 def eval_images(
-    source: Source, *, resolution: int, resize: int, batch_size: int
+    source: Source, *, resolution: int, resize: int, batch_size: int, most: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """All records in order, in batches made ahead of use; the last may be smaller.
 
@@ -142,6 +142,7 @@ def eval_images(
       resolution: R, pixels.
       resize: the short side before the centre crop, pixels.
       batch_size: B, records.
+      most: at most so many records, spread evenly over the source; all of them if None.
 
     Returns:
       A generator of {"image": uint8 [B, R, R, 3], "captions": B lists of str, "key": B str} and, if
@@ -153,7 +154,10 @@ def eval_images(
     if resize < resolution:
         raise ValueError(f"resize={resize} is below the resolution {resolution} of the crop.")
 
-    def make_batch(indices: Sequence[int]) -> dict[str, Any]:
+    count = min(most or len(source), len(source))
+
+    def make_batch(places: Sequence[int]) -> dict[str, Any]:
+        indices = [place * len(source) // count for place in places]
         images = np.empty((len(indices), resolution, resolution, 3), np.uint8)
 
         def fill(row: int, record: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +173,7 @@ def eval_images(
         return batch
 
     dataset = (
-        grain.MapDataset.range(len(source))
+        grain.MapDataset.range(count)
         .batch(batch_size, batch_fn=list)
         .map(make_batch)
         .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
