@@ -6,14 +6,12 @@ Prepare the data first: `python -m declip_jax.prepare jsonl --output data/yfcc15
 from ml_collections import ConfigDict
 
 from configs import common
-from declip_jax.models.variants import variant
 
 
 def get_config(arg: str = "") -> ConfigDict:
     config = common.get_config().unlock()
-    for section, sizes in variant("RN50").items():
-        config.model[section] = sizes  # replaced, not merged with the ViT's
-    config.model.text.proj_bias = True
+    common.set_variant(config, "RN50")
+    config.loss.max_scale = 100.0
     config.data.source = "data/yfcc15m"
     config.data.workers = 8
     return common.finish(config, arg)

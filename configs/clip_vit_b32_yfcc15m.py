@@ -10,6 +10,7 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     config = common.get_config().unlock()  # whose values are this recipe's
+    config.loss.max_scale = 100.0
     config.data.source = "data/yfcc15m"
     config.data.workers = 8
     config.optim.frozen = (r"^image/patch_embed/",)  # the patch convolution stays as drawn

@@ -21,11 +21,20 @@ def _common() -> ConfigDict:
     config.seed = 0
     config.batch_size = 4096  # pairs an optimiser step, over all devices together
     config.total_steps = 128_000
+    config.microbatches = 1  # parts that a batch is encoded in, one after the other
 
     # --- model -----------------------------------------------------------------------------------
     config.model = ConfigDict(variant("ViT-B/32"))  # embed_dim, image, text
     config.model.text.proj_bias = True  # DeCLIP's code has it; OpenAI's and open_clip's do not
     config.model.activation = "quick_gelu"  # or "gelu"
+    config.model.attention = "xla"  # or "cudnn": NVIDIA GPUs, bfloat16
+    config.model.heads = dict(  # widths of the methods' own layers
+        projector=1024,  # DeCLIP: SimSiam's projector, hidden and out
+        predictor=512,  # DeCLIP: SimSiam's predictor, hidden
+        simclr_hidden=4096,  # SLIP
+        simclr=256,  # SLIP: out
+        dense=256,  # FILIP: of each token
+    )
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
     config.model.scan = True  # one compiled layer, or False: every layer unrolled
     config.model.remat = "none"  # what the backward pass computes again: "none", "dots", "full"
@@ -34,6 +43,23 @@ def _common() -> ConfigDict:
     config.loss = ConfigDict()
     config.loss.weights = {"clip": 1.0}  # one for each of the method's terms
     config.loss.logit_scale_range = (3.0, 6.0)  # of the parameter, a logarithm
+    config.loss.max_scale = 0.0  # cap of its exponential; 0: none
+    config.loss.temperature = 0.1  # SLIP: of NT-Xent
+    config.loss.contrast_masked = True  # MLM methods: contrast the masked caption, or a whole copy
+    config.loss.mlm_places = 0.2  # of the MLM head, for each position; above data.mask_rate
+    config.loss.support_set = dict(
+        size=65_536,  # rows
+        neighbours=1,  # each query's nearest so many
+        young_steps=2,  # metric: share of neighbours enqueued within so many steps
+    )
+    config.loss.late_interaction = dict(
+        tokens=16,  # of each sample that the other modality sees; 0: all
+        mask_padding=False,  # keep padding out of selection, maximum and mean
+        all_views=False,  # DeFILIP: mean over all four pairs of views, not the first alone
+    )
+    config.loss.adaptive = dict(momentum=0.99, gamma=2.0)  # ALIP: running means, gates' exponent
+    config.loss.ring_threshold = 8192  # pairs from which logits are made block by block
+    config.loss.block = 1024  # rows of such a block
 
     # --- images ----------------------------------------------------------------------------------
     config.views = ConfigDict()
@@ -47,6 +73,16 @@ def _common() -> ConfigDict:
         blur_prob=0.0,
         blur_sigma=(0.1, 2.0),  # pixels
     )
+    config.views.strong = dict(  # MoCo v2's
+        crop_scale=(0.2, 1.0),
+        crop_ratio=(3 / 4, 4 / 3),
+        flip=0.5,
+        jitter=(0.4, 0.4, 0.4, 0.1),
+        jitter_prob=0.8,
+        grey_prob=0.2,
+        blur_prob=0.5,
+        blur_sigma=(0.1, 2.0),
+    )
     config.image_mean = (0.485, 0.456, 0.406)
     config.image_std = (0.229, 0.224, 0.225)
 
@@ -57,23 +93,32 @@ def _common() -> ConfigDict:
     config.data.workers = 0  # processes that decode; 0: threads of this one
     config.data.threads = 16  # that read and decode, in each process
     config.data.prefetch = 4  # batches ready ahead of the step, in each process
+    # A batch has the first of these lengths, or the context, that holds its longest caption.
+    config.data.token_lengths = (16, 32, 48)
+    config.data.mask_rate = 0.15  # MLM: share of a caption's tokens to predict
+    config.data.eda = ("synonym", "swap", "delete")  # caption augmentation: one of these
+    config.data.synonyms = ""  # file written by `prepare synonyms`, for "synonym"
 
     # --- optimiser -------------------------------------------------------------------------------
     config.optim = ConfigDict()
+    config.optim.name = "adamw"  # or "lamb", "sgd" (with Nesterov momentum)
     config.optim.peak_lr = 1e-3
     config.optim.warmup_lr = 1e-4  # of the first step
     config.optim.warmup_steps = 2500
-    config.optim.schedule = "cosine"  # or "linear", "constant"
+    config.optim.schedule = "cosine"  # or "linear", "constant", "one_cycle"
     config.optim.end_lr = 0.0
-    config.optim.b1 = 0.9
+    config.optim.b1 = 0.9  # "one_cycle" adds 0.05 at the ends and takes off 0.05 at the peak
     config.optim.b2 = 0.98
     config.optim.eps = 1e-8
+    config.optim.momentum = 0.9  # of "sgd"
     config.optim.weight_decay = 0.1
     # (pattern, decays?): the first pattern found in a parameter's name decides; each needs one
     config.optim.decay_rules = (
-        (r"(bias|scale)$", False),  # norms and the logit scale too
+        (r"(bias|scale|scale_dense)$", False),  # norms and the logit scales too
         (r"(kernel|embedding)$", True),
     )
+    # (pattern, factor): of the learning rate; the first pattern found decides
+    config.optim.lr_rules = (("", 1.0),)
     config.optim.frozen = ()  # patterns of parameters that are never updated
     config.optim.clip_norm = 0.0  # of the whole gradient; 0: no clipping
     config.ema_decay = 0.0  # moving average of the parameters, to evaluate with; 0: none
@@ -106,6 +151,18 @@ def _common() -> ConfigDict:
     return config
 
 
+def set_variant(config: ConfigDict, name: str) -> None:
+    """Gives the model the sizes of `models.variants.variant(name)`.
+
+    They replace what was there, since a ResNet's fields are not a vision transformer's; only
+    `text.proj_bias`, which is the recipe's and not the variant's, stays.
+    """
+    proj_bias = config.model.text.proj_bias
+    for section, sizes in variant(name).items():
+        config.model[section] = sizes
+    config.model.text.proj_bias = proj_bias
+
+
 def finish(config: ConfigDict, arg: str) -> ConfigDict:
     """Applies the argument after the config's file name, and locks the fields."""
     if arg == "tiny":
@@ -127,7 +184,11 @@ def _tiny(config: ConfigDict) -> None:
     else:
         image.update(resolution=32, width=8, layers=(1, 1, 1, 1), heads=4)
     config.model.text.update(context=32, width=32, layers=2, heads=2)
+    config.model.heads.update(projector=32, predictor=16, simclr_hidden=32, simclr=16, dense=16)
+    config.loss.support_set.size = 64
+    config.loss.late_interaction.tokens = min(config.loss.late_interaction.tokens, 4)
     config.data.update(source="scenes", split="train", workers=0, threads=2)
+    config.data.update(eda=("swap", "delete"), synonyms="")  # no file to prepare
     config.optim.warmup_steps = 2
     config.log_every = 1
     config.checkpoint.every = 2

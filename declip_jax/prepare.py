@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -48,6 +49,7 @@ from declip_jax.data.raw import (
     index_imagefolder,
     index_jsonl,
 )
+from declip_jax.data.text import read_wordnet
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -137,16 +139,21 @@ def finish(output: Path, work: Path, settings: Mapping[str, Any]) -> None:
         split: records.SplitSize(summary["shard_lengths"], summary["bytes"])
         for split, summary in read_summaries(output).items()
     }
-    records.write_metadata(output, settings["name"], sizes, settings["class_names"])
+    synthetic = settings["synthetic"] is not None
+    records.write_metadata(output, settings["name"], sizes, settings["class_names"], synthetic)
     shutil.rmtree(work)
 
 
 def read_index(args: argparse.Namespace, files: Files) -> Index:
     if args.format == "csv":
-        return index_csv(files, args.captions, args.image_column, args.caption_column)
+        return index_csv(
+            files, args.captions, args.image_column, args.caption_column, args.synthetic
+        )
     if args.format == "jsonl":
-        return index_jsonl(files, args.captions, args.image_field, args.caption_field)
-    return index_imagefolder(files, args.template, args.classes)
+        return index_jsonl(
+            files, args.captions, args.image_field, args.caption_field, args.synthetic
+        )
+    return index_imagefolder(files, args.template, args.classes, args.synthetic or ())
 
 
 def no_records(args: argparse.Namespace, refused: Sequence[Mapping[str, str]]) -> InputError:
@@ -192,7 +199,7 @@ def settings_of(args: argparse.Namespace, index: Index) -> dict[str, Any]:
     """Everything that decides about the bytes of the result."""
     digest = hashlib.sha256()
     for item in index.items:
-        digest.update(json.dumps(item).encode())
+        digest.update(json.dumps([item.key, item.captions, item.label, *item.synthetic]).encode())
     settings = vars(args) | {
         "images": os.path.abspath(args.images),
         "class_names": index.class_names,
@@ -229,6 +236,14 @@ def check_other_splits(output: Path, settings: Mapping[str, Any]) -> None:
                     f"{split!r} has {there!r:.200} and this one {settings[key]!r:.200}; "
                     f"change {flag} or --output"
                 )
+        # Splits written before there were synthetic captions have no such setting.
+        has, other_has = (s.get("synthetic") is not None for s in (settings, summary["settings"]))
+        if has != other_has:
+            raise InputError(
+                f"--output {output}: either all splits of a data set have synthetic captions or "
+                f"none, but split {split!r} has {'some' if other_has else 'none'} and this one "
+                f"{'some' if has else 'none'}; add or drop --synthetic-…, or change --output"
+            )
 
 
 def read_summaries(output: Path) -> dict[str, dict[str, Any]]:
@@ -263,6 +278,8 @@ def write_shard(
             record = {"image": encoded, "captions": item.captions, "key": item.key}
             if item.label is not None:
                 record["label"] = item.label
+            if item.synthetic:
+                record["synthetic"] = item.synthetic
             serialised = records.serialise(record)
             writer.write(serialised)
             counts["records"] += 1
@@ -408,6 +425,20 @@ def work_on_shard(path: Path, items: Sequence[Item]) -> None:
     _write_shard(path=path, items=items)
 
 
+# Synonyms ---------------------------------------------------------------------------------------
+
+
+def write_synonyms(args: argparse.Namespace) -> None:
+    """Writes the file for `config.data.synonyms`; the same input always gives the same bytes."""
+    synonyms = read_wordnet(args.wordnet)
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.write_bytes(gzip.compress(json.dumps(synonyms).encode(), mtime=0))
+    publish(temporary, output)
+    print(f"{output}: {len(synonyms):,} words with synonyms")
+
+
 # The command line -------------------------------------------------------------------------------
 
 
@@ -456,18 +487,23 @@ def make_parser() -> argparse.ArgumentParser:
         description="Turns images with captions into a training set. A run that was stopped "
         "continues when the same command is given again.",
     )
-    formats = parser.add_subparsers(dest="format", required=True, metavar="csv|imagefolder|jsonl")
+    formats = parser.add_subparsers(
+        dest="format", required=True, metavar="csv|imagefolder|jsonl|synonyms"
+    )
 
-    def add_format(name: str, description: str, example: str) -> Callable[..., Any]:
+    def add_format(
+        name: str, description: str, example: str, parents: Sequence = (common,)
+    ) -> Callable[..., Any]:
         return formats.add_parser(
             name,
-            parents=[common],
+            parents=parents,
             help=description,
             description=description,
             epilog=f"example:\n  python -m declip_jax.prepare {name} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         ).add_argument
 
+    synthetic = "captions that a model wrote, for methods that read them (default: none)"
     captions = {"required": True, "metavar": "FILE", "help": "a path, or else a file in the zip"}
     add = add_format(
         "csv",
@@ -478,6 +514,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--captions", **captions)
     add("--image-column", default="image", metavar="NAME", help="(default: image)")
     add("--caption-column", default="caption", metavar="NAME", help="(default: caption)")
+    add("--synthetic-column", dest="synthetic", metavar="NAME", help=synthetic)
 
     add = add_format(
         "imagefolder",
@@ -490,6 +527,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--template",
         action="append",
         help="caption with {} for the name of the class; repeatable (default: a photo of a {}.)",
+    )
+    add(
+        "--synthetic-template",
+        dest="synthetic",
+        action="append",
+        metavar="TEMPLATE",
+        help=f"the same for {synthetic}",
     )
     add(
         "--classes",
@@ -507,6 +551,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--captions", **captions)
     add("--image-field", default="filename", metavar="NAME", help="(default: filename)")
     add("--caption-field", default="caption", metavar="NAME", help="(default: caption)")
+    add("--synthetic-field", dest="synthetic", metavar="NAME", help=synthetic)
+
+    add = add_format(
+        "synonyms",
+        "Synonyms of WordNet, for the augmentation of captions.",
+        "--wordnet /usr/share/wordnet --output synonyms.json.gz",
+        parents=(),
+    )
+    add("--wordnet", required=True, metavar="DIR", help="has data.noun, data.verb, data.adj, …")
+    add("--output", required=True, metavar="FILE", help="for config.data.synonyms")
     return parser
 
 
@@ -522,16 +576,19 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--max-pixels {args.max_pixels}: at most {image.MAX_PIXELS}")
     if args.format == "imagefolder":
         args.template = args.template or ["a photo of a {}."]
-        for template in args.template:
+        for template in (*args.template, *(args.synthetic or ())):
             if "{}" not in template:
-                raise InputError(f"--template {template!r}: has no {{}} for the name of the class")
+                raise InputError(f"template {template!r} has no {{}} for the name of the class")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     try:
-        check_arguments(args)
-        prepare(args)
+        if args.format == "synonyms":
+            write_synonyms(args)
+        else:
+            check_arguments(args)
+            prepare(args)
     except KeyboardInterrupt:
         print("\nstopped; finished shards are kept, the same command continues", file=sys.stderr)
         return 130

@@ -102,7 +102,7 @@ class Setup:
     def __init__(self, config, devices=None):
         self.config = config
         self.mesh: Mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-        self.method = methods.build(config)
+        self.method = methods.build(config, self.mesh)
         params, _ = jax.eval_shape(self.method.init, jax.random.PRNGKey(0))
         self.tx, self.schedule = optim.make_optimizer(config, params)
         self.frozen = optim.frozen_mask(config, params)
@@ -137,6 +137,10 @@ class Setup:
             context=config.model.text.context,
             batch_size=config.batch_size,
             seed=config.seed,
+            token_lengths=() if views.padded else config.data.token_lengths,
+            mask_rate=config.data.mask_rate,
+            eda=config.data.eda,
+            synonyms=config.data.synonyms,
             start_sample=start_sample,
             shard=(jax.process_index(), jax.process_count()),
             workers=config.data.workers,
@@ -162,11 +166,12 @@ def train(config, workdir: Path) -> TrainState:
         else:
             jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     setup = Setup(config)
-    check_config(config, setup.mesh, setup.method.views.image)
+    check_config(config, setup)
     tasks = suite.build(config) if config.eval.every else []
     best_metric = config.checkpoint.best_metric
     check_best_metric(best_metric, tasks)
     source = open_source(config.data.source, config.data.split)
+    setup.batches(source).close()  # refuses what does not fit the data before anything is written
 
     prepare_workdir(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, best_metric)
@@ -201,7 +206,8 @@ def train(config, workdir: Path) -> TrainState:
     writer = MetricWriter(workdir, step)
     meter = Meter(config.batch_size, config.total_steps)
     profile = Profile(config.profile.steps, workdir)
-    saved = first = step
+    saved = step
+    compiled = set()  # lengths of captions that the step has been compiled for
     started = time.perf_counter()
 
     def save_rest() -> None:
@@ -227,9 +233,12 @@ def train(config, workdir: Path) -> TrainState:
 
             calling = time.perf_counter()
             state, metrics = train_step(state, shard_batch(batch, setup.mesh))
-            if step == first:  # the first call compiles: not a matter of throughput
+            length = batch["tokens"].shape[-1]
+            if length not in compiled:  # not a matter of throughput
                 meter.discount(time.perf_counter() - calling)
-                progress.say(f"First step after {duration(time.perf_counter() - started)}.")
+                if not compiled:
+                    progress.say(f"First step after {duration(time.perf_counter() - started)}.")
+                compiled.add(length)
             meter.add(metrics)
             step += 1
             samples += config.batch_size
@@ -313,11 +322,13 @@ class Profile:
             self._running = False
 
 
-def check_config(config, mesh: Mesh, image_views: tuple[str, ...]) -> None:
+def check_config(config, setup: Setup) -> None:
     """Raises ValueError, naming the field, for what no module that is built later would refuse."""
+    mesh = setup.mesh
     for name in ("batch_size", "eval.batch_size"):
         check_batch_size(f"config.{name}", config[name], mesh)
     at_least = dict.fromkeys(("total_steps", "log_every", "checkpoint.every", "checkpoint.keep"), 1)
+    at_least["microbatches"] = 1
     at_least |= {
         "data.threads": 1,
         "data.workers": 0,
@@ -330,7 +341,22 @@ def check_config(config, mesh: Mesh, image_views: tuple[str, ...]) -> None:
             raise ValueError(f"config.{name}={config[name]} must be at least {least}.")
     if not 0 <= config.ema_decay < 1:
         raise ValueError(f"config.ema_decay={config.ema_decay} must lie in 0 … 1 (0: no average).")
-    for name in image_views:
+    part = config.batch_size // config.microbatches
+    if part * config.microbatches != config.batch_size or part % mesh.size:
+        raise ValueError(
+            f"config.microbatches={config.microbatches} does not cut config.batch_size="
+            f"{config.batch_size} into equal parts that can be divided over {mesh.size} devices."
+        )
+    if part < 2 and "batch_stats" in setup.abstract_state.extra:
+        raise ValueError(
+            f"config.batch_size={config.batch_size} in config.microbatches={config.microbatches} "
+            "leaves one example for batch normalisation, which needs at least two."
+        )
+    if not 0 < config.loss.mlm_places <= 1:
+        raise ValueError(
+            f"config.loss.mlm_places={config.loss.mlm_places} must lie in 0 … 1, above 0."
+        )
+    for name in setup.method.views.image:
         augment.check_view(name, config.views[name])
     if config.eval.every and config.eval.resize < config.model.image.resolution:
         raise ValueError(
@@ -350,10 +376,10 @@ def check_config(config, mesh: Mesh, image_views: tuple[str, ...]) -> None:
             f"the tokenizer: at least {VOCAB_SIZE} ids, of which {EOT} ends a text."
         )
     groups = config.model.image.bn_group_size if config.model.image.kind == "resnet" else 0
-    if groups and config.batch_size % groups:
+    if groups and part % groups:
         raise ValueError(
-            f"config.batch_size={config.batch_size} is not a multiple of "
-            f"config.model.image.bn_group_size={groups}."
+            f"config.batch_size={config.batch_size} in config.microbatches={config.microbatches} "
+            f"gives parts that are not a multiple of config.model.image.bn_group_size={groups}."
         )
 
 

@@ -21,13 +21,34 @@ def load(name, arg=""):
     return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def enough(names):
+    """Configs that have every method, kind of image tower and optimiser between them.
+
+    .ci/run tries the smoke run of each config.
+    """
+    seen, chosen = set(), []
+    loaded = {name: load(name, "tiny") for name in names}
+    # Those with a ResNet last: they take the longest to compile.
+    for name in sorted(names, key=lambda name: loaded[name].model.image.kind == "resnet"):
+        config = loaded[name]
+        has = {config.method, config.model.image.kind, config.optim.name}
+        if has - seen:
+            chosen.append(name)
+        seen |= has
+    return chosen
+
+
+def first_batch(setup, config):
+    batches = setup.batches(open_source(config.data.source, config.data.split))
+    with contextlib.closing(batches):
+        return shard_batch(next(batches), setup.mesh)
+
+
+@pytest.mark.parametrize("name", enough(CONFIGS))
 def test_smoke_run_takes_a_real_step(name):
     config = load(name, "tiny")
     setup = Setup(config, jax.devices()[:1])
-    batches = setup.batches(open_source(config.data.source, config.data.split))
-    with contextlib.closing(batches):
-        batch = shard_batch(next(batches), setup.mesh)
+    batch = first_batch(setup, config)
     state, metrics = setup.jit_train_step()(setup.init_state(), batch)
     assert int(state.step) == 1
     assert np.isfinite(metrics["loss"]) and metrics["update_norm"] > 0
@@ -48,29 +69,151 @@ def test_fields_are_those_of_common(name):
     assert set(fields(config)) == set(fields(common.get_config()))
 
 
-# The recipes of the published experiments: batch, steps, optimiser, model.
+# What the published experiments have in common, and where each differs.
+RECIPE = {
+    "batch_size": 4096,
+    "total_steps": 128_000,
+    "model.embed_dim": 512,
+    "model.image.kind": "vit",
+    "model.image.width": 768,
+    "model.activation": "quick_gelu",
+    "model.text.proj_bias": True,
+    "loss.logit_scale_range": (3.0, 6.0),
+    "loss.max_scale": 0.0,
+    "loss.temperature": 0.1,
+    "loss.support_set.size": 65_536,
+    "loss.support_set.neighbours": 1,
+    "loss.late_interaction.tokens": 16,
+    "loss.adaptive.momentum": 0.99,
+    "views.weak.crop_scale": (0.5, 1.0),
+    "views.weak.flip": 0.0,
+    "views.strong.crop_scale": (0.2, 1.0),
+    "views.strong.flip": 0.5,
+    "views.strong.jitter": (0.4, 0.4, 0.4, 0.1),
+    "views.strong.jitter_prob": 0.8,
+    "views.strong.grey_prob": 0.2,
+    "views.strong.blur_prob": 0.5,
+    "views.strong.blur_sigma": (0.1, 2.0),
+    "image_mean": (0.485, 0.456, 0.406),
+    "image_std": (0.229, 0.224, 0.225),
+    "data.source": "data/yfcc15m",
+    "data.mask_rate": 0.15,
+    "optim.name": "adamw",
+    "optim.peak_lr": 1e-3,
+    "optim.warmup_lr": 1e-4,
+    "optim.warmup_steps": 2500,
+    "optim.schedule": "cosine",
+    "optim.end_lr": 0.0,
+    "optim.b1": 0.9,
+    "optim.b2": 0.98,
+    "optim.eps": 1e-8,
+    "optim.weight_decay": 0.1,
+    "optim.lr_rules": (("", 1.0),),
+    "optim.frozen": (r"^image/patch_embed/",),
+    "optim.clip_norm": 0.0,
+    "ema_decay": 0.0,
+}
+RN50 = {
+    "model.embed_dim": 1024,
+    "model.image.kind": "resnet",
+    "model.image.width": 64,
+    "model.image.layers": (3, 4, 6, 3),
+    "model.image.bn_group_size": 0,
+    "optim.frozen": (),
+}
+SLOWER = {"optim.peak_lr": 5e-4, "optim.weight_decay": 0.5}
+CLIP = {"method": "clip", "loss.weights": {"clip": 1.0}, "loss.max_scale": 100.0}
+SLIP = {"method": "slip", "loss.weights": {"clip": 1.0, "simclr": 1.0}, **SLOWER}
+FILIP = {"method": "filip", "loss.weights": {"clip": 0.0, "filip": 1.0}, **SLOWER}
+DECLIP_WEIGHTS = {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn_text": 0.2}
+DECLIP = {
+    "method": "declip",
+    "loss.weights": DECLIP_WEIGHTS,
+    "loss.max_scale": 100.0,
+    "data.eda": ("synonym", "swap", "delete"),
+    "data.synonyms": "data/synonyms.json.gz",
+}
+DECLIP_88M = {
+    **DECLIP,
+    "data.source": "data/declip88m",
+    "loss.logit_scale_range": (3.0, 80.0),
+    "optim.name": "sgd",
+    "optim.momentum": 0.9,
+    "optim.peak_lr": 0.2,
+    "optim.warmup_lr": 1e-3,
+}
 PUBLISHED = {
-    "clip_vit_b32_yfcc15m": dict(kind="vit", width=768, embed_dim=512, frozen=True),
-    "clip_rn50_yfcc15m": dict(kind="resnet", width=64, embed_dim=1024, frozen=False),
+    "clip_vit_b32_yfcc15m": CLIP,
+    "clip_rn50_yfcc15m": {**CLIP, **RN50},
+    "slip_vit_b32_yfcc15m": SLIP,
+    "slip_rn50_yfcc15m": {**SLIP, **RN50},
+    "filip_vit_b32_yfcc15m": {**FILIP, "model.embed_dim": 768},
+    "filip_rn50_yfcc15m": {**FILIP, **RN50},
+    "declip_vit_b32_yfcc15m": DECLIP,
+    "declip_rn50_yfcc15m": {**DECLIP, **RN50},
+    "defilip_vit_b32_yfcc15m": {
+        **DECLIP,
+        "method": "defilip",
+        "loss.weights": {**DECLIP_WEIGHTS, "filip": 0.2},
+    },
+    "declip_rn50_declip88m": {
+        **DECLIP_88M,
+        **RN50,
+        "optim.weight_decay": 1e-4,
+        "optim.decay_rules": (("", True),),
+        "optim.lr_rules": (("^logit_scale$", 0.1), ("", 1.0)),
+    },
+    "declip_vit_b32_declip88m": {
+        **DECLIP_88M,
+        "total_steps": 300_000,
+        "model.embed_dim": 3072,
+        "loss.weights": {**DECLIP_WEIGHTS, "clip": 0.6},
+        "optim.warmup_steps": 5000,
+        "optim.weight_decay": 0.0,
+        "optim.lr_rules": (("^logit_scale$", 0.0), ("", 1.0)),
+    },
+    "alip_vit_b32_yfcc15m": {
+        "method": "alip",
+        "total_steps": 117_696,  # 32 epochs of 3,678
+        "model.activation": "gelu",
+        "model.text.proj_bias": False,
+        "loss.weights": {"raw": 1.0, "synthetic": 1.0},
+        "loss.logit_scale_range": (0.0, pytest.approx(4.60517, abs=1e-5)),
+        "views.weak.crop_scale": (0.7, 1.0),
+        "views.weak.crop_ratio": (0.8, 1.25),
+        "views.weak.flip": 0.5,
+        "image_mean": (0.48145466, 0.4578275, 0.40821073),
+        "image_std": (0.26862954, 0.26130258, 0.27577711),
+        "optim.schedule": "one_cycle",
+        "optim.warmup_lr": pytest.approx(4e-5),
+        "optim.warmup_steps": 11_770,
+        "optim.end_lr": pytest.approx(4e-9),
+        "optim.weight_decay": 0.2,
+        "optim.decay_rules": (("", True),),
+        "optim.frozen": (),
+        "optim.clip_norm": 1.0,
+    },
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes(name):
-    config, expected = load(name), PUBLISHED[name]
-    optim = config.optim
-    assert (config.batch_size, config.total_steps) == (32 * 128, 128_000)
-    assert (optim.peak_lr, optim.warmup_lr, optim.warmup_steps) == (1e-3, 1e-4, 2500)
-    assert (optim.b1, optim.b2, optim.eps, optim.weight_decay) == (0.9, 0.98, 1e-8, 0.1)
-    assert (optim.schedule, optim.end_lr, optim.clip_norm) == ("cosine", 0.0, 0.0)
-    assert config.views.weak.crop_scale == (0.5, 1.0) and config.views.weak.flip == 0
-    assert config.loss.logit_scale_range == (3.0, 6.0)
-    assert config.image_mean == (0.485, 0.456, 0.406)
-    assert config.model.activation == "quick_gelu" and config.model.text.proj_bias
-    assert config.model.image.kind == expected["kind"]
-    assert config.model.image.width == expected["width"]
-    assert config.model.embed_dim == expected["embed_dim"]
-    assert bool(optim.frozen) == expected["frozen"]
+    config = load(name)
+    expected = {**RECIPE, **PUBLISHED[name]}
+    found = {field: config[field] for field in expected}
+    found["loss.weights"] = found["loss.weights"].to_dict()
+    assert found == expected
+
+
+def test_all_published_experiments_are_in_the_table():
+    assert set(PUBLISHED) == {name for name in CONFIGS if name.endswith(("_yfcc15m", "_declip88m"))}
+
+
+def test_logit_scale_without_steps_keeps_its_lower_limit():
+    config = load("declip_vit_b32_declip88m", "tiny")
+    setup = Setup(config, jax.devices()[:1])
+    assert setup.method.project({"logit_scale": np.float32(2.66)})["logit_scale"] == 3.0
+    assert not setup.frozen["logit_scale"]  # or it would stay as it is
 
 
 def test_unknown_argument():
@@ -109,18 +252,33 @@ def leaves(config, prefix=""):
         )
 
 
-def test_every_field_is_read(tmp_path):
+def recorded(method, weights, seen):
+    """A recorder of the common config's smoke run with another method."""
     config = common.get_config("tiny").unlock()
+    config.method, config.loss.weights = method, weights
     config.total_steps = 1
     config.optim.warmup_steps = 0
     config.eval.every = 1
     # Operations with probability 0 are left out of the program, and so are their settings.
     config.views.weak.update(jitter_prob=0.5, grey_prob=0.5, blur_prob=0.5)
-    config.lock()
+    return Recorder(config.lock(), seen)
+
+
+def test_every_field_is_read_by_some_method(tmp_path):
     seen = set()
-    train(Recorder(config, seen), tmp_path)
-    assert set(leaves(config)) - seen == set()
+    train(recorded("clip", {"clip": 1.0}, seen), tmp_path)
+    others = {
+        "slip": ("clip", "simclr"),
+        "defilip": ("clip", "simsiam", "mlm", "nn_text", "filip"),
+        "alip": ("raw", "synthetic"),
+    }
+    for method, terms in others.items():
+        config = recorded(method, dict.fromkeys(terms, 1.0), seen)
+        setup = Setup(config, jax.devices()[:1])
+        # Settings are read while the step is traced.
+        setup.jit_train_step().trace(setup.abstract_state, first_batch(setup, config))
+    assert set(leaves(common.get_config())) - seen == set()
     # The recorder does tell what is not read.
     unread = set()
-    Recorder(config, unread).optim.peak_lr  # noqa: B018
+    Recorder(common.get_config(), unread).optim.peak_lr  # noqa: B018
     assert unread == {"optim.peak_lr"}

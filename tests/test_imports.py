@@ -14,7 +14,8 @@ ALLOWED = {
     "models": set(),
     "state": set(),
     "data": set(),
-    "methods": {"losses", "models"},
+    "support_set": set(),
+    "methods": {"losses", "models", "support_set"},
     "interop": {"models"},
     "evals": {"data"},
     "parallel": set(),
@@ -22,7 +23,7 @@ ALLOWED = {
     "augment": set(),
     "metrics": set(),
 }
-STACK = {"jax", "flax", "optax", "numpy"}  # all that losses, models and state need
+STACK = {"jax", "flax", "optax", "numpy"}  # all that losses, models, support_set and state need
 
 
 def part_of(path: Path) -> str:
@@ -50,7 +51,7 @@ def test_import_rules(path):
         assert top not in ("configs", "tests", "tensorflow", "torch"), name
         if top == "declip_jax" and rest and part in ALLOWED:
             assert rest[0] in ALLOWED[part] | {part}, f"{part} must not use {name}"
-        if part in ("losses", "models", "state"):
+        if part in ("losses", "models", "support_set", "state"):
             assert top in STACK | {"declip_jax"} or top in __import__("sys").stdlib_module_names
 
 

@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 
 from declip_jax.models import transformer
 from declip_jax.models.batchnorm import BatchNorm
+from declip_jax.models.heads import Mlp, linear
+from declip_jax.models.text import real_tokens
 from declip_jax.models.two_towers import TwoTowers, two_towers
 from declip_jax.models.variants import variant
 
@@ -28,32 +30,46 @@ def config(image=VIT, text=None, **fields):
             dtype="float32",
             scan=True,
             remat="none",
+            attention="xla",
             image=image,
             text=text,
+            heads=dict(projector=8),
         )
         | fields
     )
 
 
-def images(batch, resolution=16):
-    shape = (batch, resolution, resolution, 3)
+def images(batch, resolution=16, views=1):
+    shape = (batch, views, resolution, resolution, 3)
     return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
 TOKENS = np.array([[16, 3, 1, 4, EOT, 0, 0, 0], [16, 5, MASK, 2, 6, 7, EOT, 0]])
 
+# Half the time to compile.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def both(model, images, tokens):
+    return model.encode_image(images), model.encode_text(tokens)
+
 
 def initialise(model):
     key = jax.random.key(0, impl="rbg")  # compiles in half the time
-    return jax.jit(model.init)(key, images(2, model.image.resolution), TOKENS)
+    init = functools.partial(model.init, method=both)
+    return jit(init)(key, images(2, model.image.resolution), TOKENS[:, None])
+
+
+def drawn(tree):
+    """Arrays for ShapeDtypeStructs, without zeros and without compiling `init`."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(leaf.dtype), tree
+    )
 
 
 def drawn_variables(model):
-    """Without compiling `init`, and with no zeros."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(leaf.dtype), shapes(model)
-    )
+    return drawn(shapes(model))
 
 
 def named(tree):
@@ -64,10 +80,10 @@ def named(tree):
 def shapes(model):
     size = model.image.resolution
     return jax.eval_shape(
-        model.init,
+        functools.partial(model.init, method=both),
         jax.random.key(0),
-        jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
-        jax.ShapeDtypeStruct((1, model.text.context), jnp.int32),
+        jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.float32),
+        jax.ShapeDtypeStruct((1, 1, model.text.context), jnp.int32),
     )
 
 
@@ -105,7 +121,7 @@ def test_initialisation_of_the_transformers():
             f"{tower}/blocks/mlp/c_proj/bias": uniform(4 * w),
         }
 
-    drawn = {
+    random = {
         "image/patch_embed/kernel": uniform(3 * 8 * 8),
         "image/class_embedding": w**-0.5,
         "image/positional_embedding": w**-0.5,
@@ -117,9 +133,9 @@ def test_initialisation_of_the_transformers():
         "text/proj/bias": uniform(text_w),
         **block("text", text_w, text_layers),
     }
-    check_std(params, drawn)
+    check_std(params, random)
     assert params["logit_scale"] == pytest.approx(np.log(1 / 0.07))
-    for name in set(params) - set(drawn) - {"logit_scale"}:  # norms, attention biases
+    for name in set(params) - set(random) - {"logit_scale"}:  # norms, attention biases
         assert (params[name] == name.endswith("scale")).all(), name
     # layers differ, and are stacked on axis 0
     kernel = params["image/blocks/mlp/c_fc/kernel"]
@@ -131,17 +147,17 @@ def test_initialisation_of_the_resnet():
     image = RESNET | dict(width=16)
     variables = initialise(two_towers(config(image=image)))
     params, channels = named(variables["params"]["image"]), 32 * 16
-    drawn = {
+    random = {
         name: np.prod(leaf.shape[:-1]) ** -0.5 / np.sqrt(3)
         for name, leaf in params.items()
         if name.endswith("kernel") and "attnpool" not in name
     }
     for projection in ("q_proj", "k_proj", "v_proj", "c_proj"):
-        drawn[f"attnpool/{projection}/kernel"] = channels**-0.5
-        drawn[f"attnpool/{projection}/bias"] = (3 * channels) ** -0.5
-    drawn["attnpool/positional_embedding"] = channels**-0.5
-    check_std(params, drawn)
-    for name in set(params) - set(drawn):  # batch normalisation; a block starts as the identity
+        random[f"attnpool/{projection}/kernel"] = channels**-0.5
+        random[f"attnpool/{projection}/bias"] = (3 * channels) ** -0.5
+    random["attnpool/positional_embedding"] = channels**-0.5
+    check_std(params, random)
+    for name in set(params) - set(random):  # batch normalisation; a block starts as the identity
         one = name.endswith("scale") and not name.endswith("bn3/scale") or name == "bn3/scale"
         assert (params[name] == one).all(), name
     for name, value in named(variables["batch_stats"]).items():
@@ -193,16 +209,17 @@ def stack():
             dtype=jnp.float32,
             scan=scan,
             remat=remat,
+            attention="xla",
             name=None,
         )
 
-    params = jax.jit(build(True, "none").init)(jax.random.key(0), x)
+    params = jit(build(True, "none").init)(jax.random.key(0), x)
 
     def lower(scan, remat):
         def loss(params, x):
             return jnp.sum(jnp.sin(build(scan, remat).apply(params, x)[0]))
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x)
+        return jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x)
 
     return lower, lambda scan, remat: lower(scan, remat).compile()(params, x)
 
@@ -212,11 +229,7 @@ def stack():
 )
 def test_scan_and_remat_leave_values_and_gradients(stack, scan, remat):
     _, run = stack
-    jax.tree.map(
-        lambda got, expected: np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5),
-        run(scan, remat),
-        run(True, "none"),
-    )
+    assert_close(run(scan, remat), run(True, "none"), rtol=1e-4, atol=1e-5)
 
 
 def test_scan_and_remat_change_the_program(stack):
@@ -233,7 +246,8 @@ def test_scan_and_remat_change_the_program(stack):
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_scan_and_remat_of_the_config_reach_both_towers(scan, remat):
     model = two_towers(config(scan=scan, remat=remat))
-    program = jax.make_jaxpr(model.apply)(shapes(model), images(2), TOKENS)
+    apply = functools.partial(model.apply, method=both)
+    program = jax.make_jaxpr(apply)(shapes(model), images(2), TOKENS[:, None])
     loops = [eqn for eqn in program.eqns if eqn.primitive.name == "scan"]
     assert [eqn.params["unroll"] for eqn in loops] == ([1, 1] if scan else [3, 2])
     for eqn in loops:
@@ -247,9 +261,31 @@ def model_and_variables():
     return model, drawn_variables(model)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
+def encode_image(model, variables, images):
+    """In training mode: features, and the new batch statistics."""
+    return model.apply(
+        variables, images, True, method=TwoTowers.encode_image, mutable=["batch_stats"]
+    )
+
+
+@functools.partial(jit, static_argnums=0)
 def encode_text(model, variables, tokens):
     return model.apply(variables, tokens, method=TwoTowers.encode_text)
+
+
+def embed(model, variables, tokens):
+    """[B, L] -> [B, D]."""
+    return encode_text(model, variables, tokens[:, None]).embedding[:, 0]
+
+
+@functools.partial(jit, static_argnums=0, static_argnames="views")
+def train(module, variables, x, **views):
+    return module.apply(variables, x, True, **views, mutable=["batch_stats"])
+
+
+def assert_close(one, other, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), one, other)
 
 
 def changed(index, value, tokens=TOKENS):
@@ -259,32 +295,124 @@ def changed(index, value, tokens=TOKENS):
 
 
 def test_text_is_read_at_the_end_token_and_only_from_the_left(model_and_variables):
-    expected = encode_text(*model_and_variables, TOKENS)
-    after = encode_text(*model_and_variables, changed((0, slice(5, None)), [MASK, 9, EOT]))
+    expected = embed(*model_and_variables, TOKENS)
+    after = embed(*model_and_variables, changed((0, slice(5, None)), [MASK, 9, EOT]))
     np.testing.assert_allclose(after, expected, atol=1e-5)
-    before = encode_text(*model_and_variables, changed((slice(None), 1), 8))
+    before = embed(*model_and_variables, changed((slice(None), 1), 8))
     assert (abs(before - expected).max(axis=1) > 1e-2).all()
-    cut = encode_text(*model_and_variables, TOKENS[:, :7])  # as far as the longest caption
+    cut = embed(*model_and_variables, TOKENS[:, :7])  # as far as the longest caption
     np.testing.assert_allclose(cut, expected, atol=1e-5)
 
 
 def test_the_end_token_is_found_by_its_id_else_the_last_position_is_read(model_and_variables):
     model, variables = model_and_variables
     other = two_towers(config(text=dict(eot_id=6)))  # second row: position 4; first row: none
-    got = encode_text(other, variables, TOKENS)
+    got = embed(other, variables, TOKENS)
     # the same caption without any end token, cut after that position
-    cut = encode_text(model, variables, TOKENS[1:, :5])
+    cut = embed(model, variables, TOKENS[1:, :5])
     np.testing.assert_allclose(got[1:], cut, atol=1e-5)
-    at_eot = encode_text(model, variables, TOKENS)
+    at_eot = embed(model, variables, TOKENS)
     assert abs(got - at_eot).max(axis=1).min() > 1e-2
+
+
+def test_text_is_trimmed_without_a_difference():
+    model = two_towers(config(text=dict(context=32)))
+    variables = drawn_variables(model)
+    tokens = np.zeros((3, 32), np.int32)
+    for row, end in zip(tokens, (15, 9, 1), strict=True):
+        row[:end], row[end] = np.random.default_rng(end).integers(1, 16, end), EOT
+
+    @jit
+    def run(tokens):
+        def loss(params):
+            features = model.apply(
+                {"params": params}, tokens[:, None], method=TwoTowers.encode_text
+            )
+            embedding = features.embedding
+            return jnp.sin(embedding).sum(), embedding
+
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    gradients, embedding = run(tokens)
+    trimmed_gradients, trimmed = run(tokens[:, :16])
+    np.testing.assert_allclose(trimmed, embedding, atol=1e-6)
+    assert_close(trimmed_gradients["text"], gradients["text"], atol=1e-5)
+    positions = gradients["text"]["positional_embedding"]
+    assert positions[:16].any(axis=1).all() and not positions[16:].any()
+
+
+def test_one_column_of_padding_makes_an_odd_context_even():
+    model = two_towers(config(text=dict(context=7)))
+    variables = drawn_variables(model)
+    got, expected = (
+        encode_text(model, variables, tokens[:, None]) for tokens in (TOKENS, TOKENS[:, :7])
+    )
+    np.testing.assert_allclose(got.embedding, expected.embedding, atol=1e-6)
+    assert got.words.shape[2] == 8
+    np.testing.assert_allclose(got.words[:, :, :7], expected.words, atol=1e-5)
+
+
+def test_real_tokens_end_with_the_first_end_token():
+    rows = np.array([[3, EOT, 0, EOT], [EOT, 1, 2, 3], [1, 2, 3, 4], [1, 2, 0, EOT]])
+    expected = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    np.testing.assert_array_equal(real_tokens(rows, EOT), expected)
+    np.testing.assert_array_equal(real_tokens(rows[:, None], EOT)[:, 0], expected)
+
+
+@pytest.mark.parametrize("image", [VIT, RESNET], ids=lambda image: image["kind"])
+def test_features(image):
+    model = two_towers(config(image=image))
+    size = image["resolution"]
+    (features, texts), _ = jax.eval_shape(
+        functools.partial(model.init_with_output, method=both),
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((4, 3, size, size, 3), jnp.float32),
+        jax.ShapeDtypeStruct((4, 2, 8), jnp.int32),
+    )
+    cells, width = {"vit": (4, 32), "resnet": (1, 256)}[image["kind"]]
+    assert model.image.token_width == width
+    assert jax.tree.map(jnp.shape, features) == ((4, 3, 16), (4, 3, width), (4, 3, cells, width))
+    assert jax.tree.map(jnp.shape, texts) == ((4, 2, 16), (4, 2, 8, 24))
+
+
+@pytest.mark.parametrize("image", [VIT, RESNET], ids=lambda image: image["kind"])
+def test_image_views_in_one_pass_are_those_one_at_a_time(image):
+    model = two_towers(config(image=image))
+    variables = drawn_variables(model)
+    x = images(4, image["resolution"], views=3)
+    x = x * np.arange(1, 4)[:, None, None, None] + np.arange(3)[:, None, None, None]
+    together, stats = encode_image(model, variables, x)
+    apart = []
+    for view in range(3):
+        features, updated = encode_image(model, variables, x[:, view : view + 1])
+        variables = {**variables, **updated}
+        apart.append(features)
+    expected = jax.tree.map(lambda *views: np.concatenate(views, axis=1), *apart)
+    assert_close(together, expected, rtol=1e-3, atol=1e-4)
+    # each view updates what the one before left
+    assert_close(stats, {name: variables[name] for name in stats}, rtol=1e-4, atol=1e-5)
+    # the projection reads what is called pooled
+    projection = variables["params"]["image"]
+    projection = projection["proj"] if "proj" in projection else projection["attnpool"]["c_proj"]
+    embedding = together.pooled @ projection["kernel"] + projection.get("bias", 0)
+    np.testing.assert_allclose(together.embedding, embedding, rtol=1e-3, atol=1e-4)
+
+
+def test_text_views_in_one_pass_are_those_one_at_a_time(model_and_variables):
+    together = encode_text(*model_and_variables, TOKENS[None])
+    apart = encode_text(*model_and_variables, TOKENS[:, None])
+    assert_close(together, jax.tree.map(lambda x: x.swapaxes(0, 1), apart), atol=1e-5)
 
 
 def test_bfloat16_computes_low_and_keeps_float32_outside(model_and_variables):
     high, variables = model_and_variables
     low = two_towers(config(dtype="bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes(low))} == {jnp.dtype("float32")}
-    expected = jax.jit(high.apply)(variables, images(2), TOKENS)
-    for got, want in zip(jax.jit(low.apply)(variables, images(2), TOKENS), expected, strict=True):
+    for encode, x in ((encode_text, TOKENS[:, None]), (encode_image, images(2))):
+        got, want = encode(low, variables, x), encode(high, variables, x)
+        if encode is encode_image:
+            (got, _), (want, _) = got, want
+        got, want = got.embedding, want.embedding
         assert got.dtype == jnp.float32
         assert 1e-4 < jnp.linalg.norm(got - want) / jnp.linalg.norm(want) < 0.05
 
@@ -292,18 +420,107 @@ def test_bfloat16_computes_low_and_keeps_float32_outside(model_and_variables):
 def test_inputs_of_the_wrong_size_are_refused(model_and_variables):
     model, variables = model_and_variables
     with pytest.raises(ValueError, match="24x24 pixels.*resolution=16"):
-        model.apply(variables, images(1, 24), method=TwoTowers.encode_image)
-    with pytest.raises(ValueError, match="9 tokens.*context=8"):
-        encode_text(model, variables, np.zeros((1, 9), np.int32))
+        encode_image(model, variables, images(1, 24))
+    with pytest.raises(ValueError, match="9 tokens.*context=8"):  # padding is for odd contexts
+        embed(model, variables, np.zeros((1, 9), np.int32))
+    odd = two_towers(config(text=dict(context=7)))
+    with pytest.raises(ValueError, match="9 tokens.*context=7"):
+        embed(odd, drawn_variables(odd), np.zeros((1, 9), np.int32))
+    resnet = two_towers(config(image=RESNET))
     with pytest.raises(ValueError, match="64x64 pixels.*resolution=32"):
-        two_towers(config(image=RESNET)).init(jax.random.key(0), images(1, 64), TOKENS)
+        encode_image(resnet, shapes(resnet), images(1, 64))
+
+
+@pytest.mark.parametrize("length", [5, 6])
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_cudnn_is_given_is_padded_to_an_even_length(causal, length, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(3, 2, length, 2, 4)).astype(np.float32)
+
+    def run(implementation):
+        def loss(x):
+            y = transformer._attend(*x, causal, implementation)
+            return jnp.sin(y).sum(), y
+
+        gradient, y = jit(jax.grad(loss, has_aux=True))(x)
+        return y, gradient
+
+    expected = run("xla")
+    xla, lengths = jax.nn.dot_product_attention, []
+
+    def cudnn(query, key, value, *, implementation, **options):
+        assert implementation == "cudnn"
+        lengths.append(query.shape[1])
+        return xla(query, key, value, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    got = run("cudnn")
+    assert set(lengths) == {6}
+    assert_close(got, expected, atol=1e-6)
+
+
+def test_cudnn_attention_computes_in_bfloat16_only(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    two_towers(config(attention="cudnn", dtype="bfloat16"))
+    with pytest.raises(ValueError, match=r"model\.attention='cudnn'.*model\.dtype='bfloat16'"):
+        two_towers(config(attention="cudnn"))
+
+
+def test_linear_layers_of_the_heads_start_as_those_of_torch():
+    params = linear(300, 200, jnp.float32).init(jax.random.key(0), jnp.zeros((1, 300)))["params"]
+    check_std(params, {"kernel": 900**-0.5, "bias": 900**-0.5})
+    assert max(abs(x).max() for x in params.values()) <= 300**-0.5
+
+
+@pytest.mark.parametrize("last_norm", [False, True])
+def test_mlp_equals_numpy(last_norm):
+    mlp = Mlp((6, 5, 4), last_norm, jnp.float32)
+    x = np.random.default_rng(1).normal(size=(7, 2, 3)).astype(np.float32)
+    x[:, 1] = 3 * x[:, 1] + 1
+    variables = drawn(
+        jax.eval_shape(functools.partial(mlp.init, train=False), jax.random.key(0), x)
+    )
+    expected = []
+    for view in np.float64(x).swapaxes(0, 1):
+        for n in (1, 2, 3):
+            layer = variables["params"][f"linear{n}"]
+            view = view @ layer["kernel"] + layer["bias"]
+            if n < 3 or last_norm:
+                norm = variables["params"][f"bn{n}"]
+                view = (view - view.mean(0)) / np.sqrt(view.var(0) + 1e-5)
+                view = view * norm["scale"] + norm["bias"]
+            if n < 3:
+                view = np.maximum(view, 0)
+        expected.append(view)
+    got, updated = train(mlp, variables, x)
+    np.testing.assert_allclose(got, np.stack(expected, axis=1), atol=1e-5)
+    assert set(updated["batch_stats"]) == {"bn1", "bn2", "bn3"}.intersection(variables["params"])
+    # in evaluation each example is by itself
+    variables = {"params": variables["params"], **updated}
+    evaluate = jit(functools.partial(mlp.apply, train=False))
+    np.testing.assert_allclose(evaluate(variables, x)[:1], evaluate(variables, x[:1]), atol=1e-6)
+
+
+def test_mlp_computes_low_and_returns_float32():
+    mlp = Mlp((6, 4), last_norm=True, dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((5, 2, 3), jnp.float32)
+    variables = jax.eval_shape(functools.partial(mlp.init, train=False), jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    program = jax.make_jaxpr(lambda v, x: mlp.apply(v, x, False))(variables, x)
+    products = [eqn for eqn in program.eqns if eqn.primitive.name == "dot_general"]
+    assert [eqn.outvars[0].aval.dtype for eqn in products] == [jnp.bfloat16] * 2
+    assert program.out_avals[0].dtype == jnp.float32
+
+
+BATCH_NORM = {  # of five channels, as it starts
+    "params": {"scale": np.ones(5, np.float32), "bias": np.zeros(5, np.float32)},
+    "batch_stats": {"mean": np.zeros(5, np.float32), "var": np.ones(5, np.float32)},
+}
 
 
 def test_batch_norm_in_training_and_its_running_statistics():
-    x = 3 + 2 * jax.random.normal(jax.random.key(0), (6, 2, 2, 5))
-    norm = BatchNorm()
-    variables = norm.init(jax.random.key(0), x, train=False)
-    got, updated = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    x = 3 + 2 * np.random.default_rng(0).normal(size=(6, 2, 2, 5)).astype(np.float32)
+    norm, variables = BatchNorm(), BATCH_NORM
+    got, updated = train(norm, variables, x)
     mean, var = np.mean(x, (0, 1, 2)), np.var(x, (0, 1, 2))
     np.testing.assert_allclose(got, (x - mean) / np.sqrt(var + 1e-5), atol=1e-5)
     unbiased = np.var(x, (0, 1, 2), ddof=1)
@@ -316,25 +533,42 @@ def test_batch_norm_in_training_and_its_running_statistics():
 
 
 def test_batch_norm_groups_are_separate_batches():
-    x = jax.random.normal(jax.random.key(0), (6, 3, 5)) * jnp.arange(1, 7)[:, None, None]
-    variables = BatchNorm().init(jax.random.key(0), x, train=False)
-    got, updated = BatchNorm(group_size=2).apply(variables, x, True, mutable=["batch_stats"])
-    parts = [
-        BatchNorm().apply(variables, x[start : start + 2], True, mutable=["batch_stats"])
-        for start in (0, 2, 4)
-    ]
+    x = np.random.default_rng(0).normal(size=(6, 3, 5)).astype(np.float32)
+    x *= np.arange(1, 7)[:, None, None]
+    variables = BATCH_NORM
+    got, updated = train(BatchNorm(group_size=2), variables, x)
+    parts = [train(BatchNorm(), variables, x[start : start + 2]) for start in (0, 2, 4)]
     np.testing.assert_allclose(got, jnp.concatenate([out for out, _ in parts]), atol=1e-5)
     average = jax.tree.map(lambda *stats: sum(stats) / 3, *[stats for _, stats in parts])
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), updated, average)
+    assert_close(updated, average, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group_size", [0, 2])
+def test_batch_norm_takes_views_one_after_the_other(group_size):
+    norm = BatchNorm(group_size)
+    x = np.random.default_rng(0).normal(size=(4, 3, 2, 5)).astype(np.float32)  # [B, V, ..., C]
+    x = x * np.float32([1, 2, 3])[:, None, None] + np.float32([0, 1, 2])[:, None, None]
+    rows = x.reshape(12, 2, 5)  # -> [B * V, ..., C]
+    variables = BATCH_NORM
+    got, updated = train(norm, variables, rows, views=3)
+    for view in range(3):
+        expected, stats = train(norm, variables, x[:, view])
+        variables = variables | stats
+        np.testing.assert_allclose(got.reshape(x.shape)[:, view], expected, atol=1e-5)
+    assert_close(updated["batch_stats"], variables["batch_stats"], rtol=1e-5)
 
 
 def test_batch_norm_refuses_what_has_no_statistics():
-    x = jnp.ones((6, 5))
-    variables = BatchNorm().init(jax.random.key(0), x, train=False)
-    with pytest.raises(ValueError, match="bn_group_size=4 does not divide.*6"):
-        BatchNorm(group_size=4).apply(variables, x, True, mutable=["batch_stats"])
+    x = np.ones((6, 5), np.float32)
+    variables = BATCH_NORM
+    with pytest.raises(ValueError, match="bn_group_size=4 does not divide.*6 examples"):
+        train(BatchNorm(group_size=4), variables, x)
+    with pytest.raises(ValueError, match="bn_group_size=2 does not divide.*3 examples"):
+        train(BatchNorm(group_size=2), variables, x, views=2)
     with pytest.raises(ValueError, match="more than one value"):
-        BatchNorm(group_size=1).apply(variables, x, True, mutable=["batch_stats"])
+        train(BatchNorm(group_size=1), variables, x)
+    with pytest.raises(ValueError, match="more than one value"):
+        train(BatchNorm(), variables, x, views=6)
 
 
 def test_bn_group_size_of_the_config_reaches_the_resnet():
@@ -342,15 +576,12 @@ def test_bn_group_size_of_the_config_reaches_the_resnet():
     grouped = two_towers(config(image=RESNET | dict(bn_group_size=2)))
     variables = drawn_variables(whole)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def encode(model, x):
-        return model.apply(
-            variables, x, True, method=TwoTowers.encode_image, mutable=["batch_stats"]
-        )[0]
+    def embedding(model, x):
+        return encode_image(model, variables, x)[0].embedding
 
-    x = images(4, 32) * np.arange(1, 5)[:, None, None, None]
-    parts = jnp.concatenate([encode(whole, x[:2]), encode(whole, x[2:])])
-    np.testing.assert_allclose(encode(grouped, x), parts, rtol=1e-3, atol=1e-4)
+    x = images(4, 32) * np.arange(1, 5)[:, None, None, None, None]
+    parts = jnp.concatenate([embedding(whole, x[:2]), embedding(whole, x[2:])])
+    np.testing.assert_allclose(embedding(grouped, x), parts, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -362,6 +593,9 @@ def test_bn_group_size_of_the_config_reaches_the_resnet():
         ),
         (dict(dtype="float16"), r"model\.dtype='float16'.*bfloat16"),
         (dict(remat="some"), r"model\.remat='some'.*dots"),
+        (dict(attention="flash"), r"model\.attention='flash': expected one of 'xla', 'cudnn'"),
+        (dict(attention="cudnn"), r"model\.attention='cudnn': .*'xla' where .* no NVIDIA GPU"),
+        (dict(heads=dict(projector=0)), r"model\.heads\.projector=0: expected at least 1"),
         (dict(image=VIT | dict(kind="swin")), r"model\.image\.kind='swin'.*'vit', 'resnet'"),
         (dict(image=VIT | dict(width=33)), r"model\.image\.width=33.*heads=2"),
         (dict(image=VIT | dict(resolution=20)), r"model\.image\.resolution=20.*patch=8"),

@@ -46,9 +46,181 @@ def test_warmup_of_one_step_and_of_none():
         assert np.isfinite(float(optim.make_schedule(c)(0)))
 
 
+def torch_one_cycle(step, total, pct_start, peak):
+    """Rate and b1 of torch's OneCycleLR with its defaults at a step from 0."""
+
+    def anneal(start, end, share):
+        return end + (start - end) / 2 * (math.cos(math.pi * share) + 1)
+
+    top = pct_start * total - 1
+    if step <= top:
+        share = step / top
+        return anneal(peak / 25, peak, share), anneal(0.95, 0.85, share)
+    share = (step - top) / (total - 1 - top)
+    return anneal(peak, peak / 25 / 1e4, share), anneal(0.85, 0.95, share)
+
+
+def one_cycle(total=200, **changes):
+    """As `torch_one_cycle` with pct_start 0.1 and a peak of 0.01."""
+    c = config(
+        schedule="one_cycle",
+        peak_lr=0.01,
+        warmup_lr=0.01 / 25,
+        end_lr=0.01 / 25 / 1e4,
+        warmup_steps=total // 10,
+        **changes,
+    )
+    c.total_steps = total
+    return c
+
+
+def test_one_cycle_rate():
+    learning_rate = optim.make_schedule(one_cycle())
+    for step in range(200):
+        rate, _ = torch_one_cycle(step, 200, 0.1, 0.01)
+        np.testing.assert_allclose(learning_rate(step), rate, rtol=1e-5, atol=1e-8)
+
+
+def descend(c, start, grads):
+    """The parameters after each of the updates."""
+    params = {"kernel": jnp.asarray(start)}
+    tx, _ = optim.make_optimizer(c, params)
+    state, seen = tx.init(params), []
+    update = jax.jit(tx.update)
+    for grad in grads:
+        updates, state = update({"kernel": jnp.asarray(grad)}, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        seen.append(np.asarray(params["kernel"]))
+    return np.stack(seen)
+
+
+@pytest.fixture
+def start_and_grads():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=5).astype(np.float32), rng.normal(size=(20, 5)).astype(np.float32)
+
+
+def test_one_cycle_moves_b1_against_the_rate(start_and_grads):
+    start, grads = start_and_grads
+    p, m, v, expected = start.astype(float), 0.0, 0.0, []
+    for n, g in enumerate(grads.astype(float), start=1):
+        rate, b1 = torch_one_cycle(n - 1, 20, 0.1, 0.01)
+        m = b1 * m + (1 - b1) * g
+        v = 0.98 * v + 0.02 * g * g
+        direction = m / (1 - b1**n) / (np.sqrt(v / (1 - 0.98**n)) + 1e-8)
+        p = p - rate * (direction + 0.1 * p)
+        expected.append(p)
+    np.testing.assert_allclose(descend(one_cycle(20), start, grads), expected, rtol=1e-5)
+
+
+def test_sgd_is_nesterov_with_coupled_decay(start_and_grads):
+    start, grads = start_and_grads
+    c = config(name="sgd", schedule="linear", warmup_steps=0, peak_lr=0.1, weight_decay=0.3)
+    c.total_steps = 20
+    p, buffer, expected = start.astype(float), 0.0, []
+    for n, g in enumerate(grads.astype(float), start=1):
+        g = g + 0.3 * p
+        buffer = 0.9 * buffer + g
+        p = p - 0.1 * (1 - n / 20) * (g + 0.9 * buffer)
+        expected.append(p)
+    np.testing.assert_allclose(descend(c, start, grads), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_same_path_as_torch(name, start_and_grads):
+    torch = pytest.importorskip("torch")
+    start, grads = start_and_grads
+    if name == "sgd":
+        c = config(name="sgd", schedule="constant", warmup_steps=0, peak_lr=0.1, weight_decay=0.3)
+        options = dict(lr=0.1, momentum=0.9, weight_decay=0.3, nesterov=True)
+    else:
+        c = one_cycle(20)
+        options = dict(betas=(0.9, 0.98), weight_decay=0.1)
+    param = torch.nn.Parameter(torch.tensor(start))
+    theirs = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]([param], **options)
+    schedule = None
+    if name == "adamw":
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            theirs, max_lr=0.01, total_steps=20, pct_start=0.1
+        )
+    expected = []
+    for grad in grads:
+        param.grad = torch.tensor(grad)
+        theirs.step()
+        if schedule is not None and len(expected) < 19:
+            schedule.step()
+        expected.append(param.detach().numpy().copy())
+    np.testing.assert_allclose(descend(c, start, grads), expected, rtol=1e-5)
+
+
+def test_first_lamb_update_has_the_length_of_each_layer():
+    rng = np.random.default_rng(0)
+    kernel = (
+        jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32) * jnp.array([1, 10, 0])[:, None, None]
+    )
+    params = {
+        "image": {"blocks": {"mlp": {"kernel": kernel, "bias": jnp.full((3, 4), 7.0)}}},
+        "head": {"kernel": kernel},
+    }
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    c = config(name="lamb", peak_lr=0.5, warmup_steps=0, schedule="constant", weight_decay=0.1)
+    tx, _ = optim.make_optimizer(c, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+
+    # Adam's first direction is the gradient's sign.
+    directions = jax.tree.map(lambda g, p: np.sign(g) + 0.1 * p, grads, params)
+    block = updates["image"]["blocks"]["mlp"]["kernel"]
+    direction = directions["image"]["blocks"]["mlp"]["kernel"]
+    for layer in (0, 1):  # ‖parameter‖ in the direction
+        unit = direction[layer] / np.linalg.norm(direction[layer])
+        expected = -0.5 * np.linalg.norm(kernel[layer]) * unit
+        np.testing.assert_allclose(block[layer], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(block[2], -0.5 * direction[2], rtol=1e-4)  # a layer of zeros
+    # What is not stacked is one layer, and what has no decay has no ratio.
+    np.testing.assert_allclose(
+        np.linalg.norm(updates["head"]["kernel"]), 0.5 * np.linalg.norm(kernel), rtol=1e-4
+    )
+    np.testing.assert_allclose(np.abs(updates["image"]["blocks"]["mlp"]["bias"]), 0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def test_learning_rate_rules(name):
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+
+    def updates(**changes):
+        tx, _ = optim.make_optimizer(config(name=name, **changes), PARAMS)
+        return tx.update(grads, tx.init(PARAMS), PARAMS)[0]
+
+    # The first pattern found decides.
+    rules = (("^logit_scale$", 0.0), ("token_embedding", 0.1), ("text/", 3.0), ("", 1.0))
+    plain, scaled = updates(), updates(lr_rules=rules, frozen=("patch_embed",))
+    assert plain["logit_scale"] != 0 and scaled["logit_scale"] == 0
+    for path, factor in {
+        ("text", "token_embedding", "embedding"): 0.1,
+        ("text", "proj", "bias"): 3.0,
+        ("image", "ln", "scale"): 1.0,
+        ("image", "patch_embed", "kernel"): 0.0,
+    }.items():
+        before, after = plain, scaled
+        for part in path:
+            before, after = before[part], after[part]
+        np.testing.assert_allclose(after, factor * before, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "changes, named",
     [
+        ({"name": "adam"}, "config.optim.name='adam' is not one of ['adamw', 'lamb', 'sgd']"),
+        ({"b2": 1.0}, "config.optim.b2=1.0 must lie in 0 … 1"),
+        ({"momentum": -0.1}, "config.optim.momentum=-0.1"),
+        ({"peak_lr": -1.0}, "config.optim.peak_lr=-1.0 must be at least 0"),
+        ({"schedule": "one_cycle", "b1": 0.97}, "config.optim.b1=0.97 must lie in 0.05 … 0.95"),
+        ({"lr_rules": (("logit", -1.0), ("", 1.0))}, "the factor -1.0 of 'logit'"),
+        ({"lr_rules": (("logit", 0.1),)}, "No pattern of config.optim.lr_rules covers: image/"),
+        (
+            {"lr_rules": (("logit_scal$", 0.1), ("", 1.0))},
+            "config.optim.lr_rules: 'logit_scal$' finds no parameter; did you mean 'logit_scale'",
+        ),
         ({"schedule": "cosin"}, "config.optim.schedule='cosin'"),
         ({"warmup_steps": 200_000}, "config.optim.warmup_steps=200000"),
         ({"clip_norm": -1.0}, "config.optim.clip_norm"),

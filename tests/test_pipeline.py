@@ -1,3 +1,5 @@
+import gzip
+import json
 import multiprocessing
 import os
 import pickle
@@ -15,7 +17,7 @@ from declip_jax.data import records
 from declip_jax.data.pipeline import eval_images, train_batches
 from declip_jax.data.scenes import Scenes
 from declip_jax.data.sources import open_source
-from declip_jax.data.tokenizer import tokenize
+from declip_jax.data.tokenizer import EOT, MASK, SOT, tokenize
 
 VIEW = ConfigDict({"crop_scale": (0.2, 0.8), "crop_ratio": (0.5, 2.0)}).lock()
 
@@ -25,8 +27,9 @@ class Numbered:
 
     class_names = ("even", "odd")
 
-    def __init__(self, length, captions=3, damaged=None):
+    def __init__(self, length, captions=3, damaged=None, synthetic=False):
         self._length, self._captions, self._damaged = length, captions, damaged
+        self._synthetic = synthetic
 
     def __str__(self):
         return "numbered"
@@ -40,7 +43,13 @@ class Numbered:
         if index == self._damaged:
             image = cv2.imencode(".jpg", image)[1].tobytes()[:-200]
         captions = [f"caption {i} of image {index}" for i in range(self._captions)]
-        return {"image": image, "captions": captions, "key": f"key {index}", "label": index % 2}
+        record = {"image": image, "captions": captions, "key": f"key {index}", "label": index % 2}
+        if self._synthetic:
+            record["synthetic"] = self.synthetic(index)
+        return record
+
+    def synthetic(self, index):
+        return [f"machine {i} saw {index}" + index // 5 * " and wrote it" for i in range(2)]
 
 
 def batches(source, count, **changes):
@@ -54,13 +63,14 @@ def batches(source, count, **changes):
 
 
 def joined(several):
-    """One batch of all samples: {"image": [N, V, R, R, 3], "tokens": [N, T, L]}."""
-    return {name: np.concatenate([b[name] for b in several]) for name in ("image", "tokens")}
+    """One batch of all samples: {"image": [N, V, R, R, 3], "tokens": [N, T, L], …}."""
+    return {name: np.concatenate([b[name] for b in several]) for name in several[0]}
 
 
 def assert_equal(a, b):
-    np.testing.assert_array_equal(a["image"], b["image"])
-    np.testing.assert_array_equal(a["tokens"], b["tokens"])
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
 
 
 def indices(batch):
@@ -69,7 +79,7 @@ def indices(batch):
 
 def test_shapes_and_types():
     views = [VIEW, SimpleNamespace(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))]
-    (batch,) = batches(Numbered(10), 1, image_views=views, text_views=("caption", "caption"))
+    (batch,) = batches(Numbered(10), 1, image_views=views, text_views=("caption", "augmented"))
     assert batch["image"].shape == (4, 2, 8, 8, 3) and batch["image"].dtype == np.uint8
     assert batch["tokens"].shape == (4, 2, 16) and batch["tokens"].dtype == np.int32
     assert np.ptp(batch["image"][:, 1, ..., 1].astype(int)) > 200  # the whole image
@@ -107,10 +117,130 @@ def test_what_is_drawn_changes_with_epoch_and_seed():
     assert not crops & {crop.tobytes() for crop in other["image"]}
 
 
+@pytest.fixture
+def all_views(tmp_path):
+    """Settings with every text view and operation."""
+    path = tmp_path / "synonyms.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"image": ["picture", "photo"]}).encode()))
+    views = ("caption", "masked", "augmented", "synthetic")
+    eda = ("synonym", "swap", "delete")
+    return dict(text_views=views, mask_rate=0.4, eda=eda, synonyms=str(path))
+
+
+def test_text_views_are_of_the_same_caption(all_views):
+    source = Numbered(10, synthetic=True)
+    batch = joined(batches(source, 10, **(all_views | {"eda": ("swap",)})))
+    caption, masked, augmented, synthetic = batch["tokens"].swapaxes(0, 1)  # [N, T, L] -> [T, N, L]
+    labels = batch["mlm_labels"]
+    assert labels.shape == caption.shape and labels.dtype == np.int32
+
+    chosen = labels >= 0
+    np.testing.assert_array_equal(np.where(chosen, labels, masked), caption)
+    np.testing.assert_array_equal(labels[chosen], caption[chosen])
+    assert (masked[chosen] == MASK).mean() > 0.6
+    assert not np.isin(caption[chosen], (SOT, EOT)).any()
+
+    np.testing.assert_array_equal(np.sort(augmented), np.sort(caption))
+    assert (augmented != caption).any(axis=1).all()
+
+    for index, row in zip(indices(batch), synthetic, strict=True):
+        expected = tokenize(source.synthetic(index), 16)
+        assert (row == expected).all(axis=1).any()
+    assert len({row.tobytes() for row in synthetic}) > 10  # both of some images
+
+
+def test_synonyms_come_from_the_file(all_views):
+    changes = all_views | {"text_views": ("augmented",), "eda": ("synonym",)}
+    batch = joined(batches(Numbered(10), 5, **changes))
+    for index, tokens in zip(indices(batch), batch["tokens"][:, 0], strict=True):
+        texts = [f"caption {i} of {w} {index}" for i in range(3) for w in ("picture", "photo")]
+        assert (tokens == tokenize(texts, 16)).all(axis=1).any()
+
+
+def test_other_text_views_leave_crops_and_captions_as_they_are(all_views):
+    plain = joined(batches(Numbered(10), 3))
+    more = joined(batches(Numbered(10, synthetic=True), 3, **all_views))
+    np.testing.assert_array_equal(more["image"], plain["image"])
+    np.testing.assert_array_equal(more["tokens"][:, :1], plain["tokens"])
+
+
+class Lengths:
+    """Captions of so many tokens, start and end included; the synthetic ones have 9."""
+
+    class_names = ()
+
+    def __init__(self, *lengths):
+        self._lengths = lengths
+
+    def __len__(self):
+        return len(self._lengths)
+
+    def __getitem__(self, index):
+        caption = " ".join(["a"] * (self._lengths[index] - 2))
+        image = np.zeros((8, 8, 3), np.uint8)
+        return {"image": image, "captions": [caption], "synthetic": ["a " * 7], "key": str(index)}
+
+
+@pytest.mark.parametrize(
+    "longest, context, token_lengths, expected",
+    [
+        (8, 77, (8, 16, 32), 8),
+        (9, 77, (8, 16, 32), 16),
+        (16, 77, (8, 16, 32), 16),
+        (32, 77, (8, 16, 32), 32),
+        (33, 77, (8, 16, 32), 78),
+        (77, 77, (8, 16, 32), 78),
+        (200, 77, (8, 16, 32), 78),
+        (8, 77, (), 77),
+        (8, 24, (16, 32, 48), 16),
+        (17, 24, (16, 32, 48), 24),
+        (8, 16, (16, 32), 16),
+        (8, 15, (16, 32), 16),
+        (8, 8, (4,), 8),
+    ],
+)
+def test_batches_are_cut_to_their_longest_caption(longest, context, token_lengths, expected):
+    changes = dict(context=context, token_lengths=token_lengths, text_views=("masked",))
+    source = Lengths(4, longest, 5, 4)
+    (batch,) = batches(source, 1, **changes)
+    assert batch["tokens"].shape == (4, 1, expected) and batch["mlm_labels"].shape == (4, expected)
+    ends = (batch["tokens"][:, 0] == EOT).argmax(axis=-1)
+    assert sorted(ends) == sorted([3, 3, 4, min(longest, context) - 1])
+    assert (batch["tokens"][..., context:] == 0).all()
+    assert (batch["mlm_labels"][:, context:] == -1).all()
+
+
+def test_the_longest_text_view_counts():
+    changes = dict(context=20, token_lengths=(8, 12), text_views=("caption", "synthetic"))
+    (batch,) = batches(Lengths(4, 4, 4, 4), 1, **changes)
+    assert batch["tokens"].shape == (4, 2, 12)
+
+
+def test_each_batch_has_its_own_length():
+    changes = dict(token_lengths=(4, 6, 8, 10, 12), batch_size=1, mask_rate=0.5)
+    source = Lengths(4, 6, 8, 10, 12, 14, 16)
+    result = batches(source, 7, text_views=("masked",), **changes)
+    assert sorted(b["tokens"].shape[-1] for b in result) == [4, 6, 8, 10, 12, 16, 16]
+    # Cutting changes no draw.
+    whole = joined(batches(source, 7, text_views=("masked",), **(changes | {"token_lengths": ()})))
+    for batch, tokens, labels in zip(result, whole["tokens"], whole["mlm_labels"], strict=True):
+        length = batch["tokens"].shape[-1]
+        np.testing.assert_array_equal(batch["tokens"][0], tokens[:, :length])
+        np.testing.assert_array_equal(batch["mlm_labels"][0], labels[:length])
+
+
+def test_several_processes_agree_on_the_full_length():
+    (batch,) = batches(Lengths(4, 4, 4, 4), 1, context=15, token_lengths=(8,), shard=(0, 2))
+    assert batch["tokens"].shape == (2, 1, 16)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_make_the_same_batches(workers):
-    expected = batches(Numbered(10), 6)
-    for a, b in zip(batches(Numbered(10), 6, workers=workers), expected, strict=True):
+def test_workers_make_the_same_batches(workers, all_views):
+    source = Numbered(10, synthetic=True)
+    changes = dict(token_lengths=(8, 12), batch_size=2, **all_views)
+    expected = batches(source, 12, **changes)
+    assert {batch["tokens"].shape[-1] for batch in expected} == {8, 12}
+    for a, b in zip(batches(source, 12, workers=workers, **changes), expected, strict=True):
         assert_equal(a, b)
 
 
@@ -122,36 +252,38 @@ def test_threads_and_prefetch_change_nothing():
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_shards_share_each_batch(count):
+def test_shards_share_each_batch(count, all_views):
     # Ten records do not divide by four; four epochs would show the shards drifting apart.
-    whole = batches(Numbered(10), 10)
-    shards = [batches(Numbered(10), 10, shard=(i, count)) for i in range(count)]
+    source = Numbered(10, synthetic=True)
+    whole = batches(source, 10, **all_views)
+    shards = [batches(source, 10, shard=(i, count), **all_views) for i in range(count)]
     for step, batch in enumerate(whole):
         parts = [shard[step] for shard in shards]
         assert all(len(part["image"]) == 4 // count for part in parts)
         union = joined(parts)
-        assert sorted(s.tobytes() for s in union["image"]) == sorted(
-            s.tobytes() for s in batch["image"]
-        )
-        assert sorted(s.tobytes() for s in union["tokens"]) == sorted(
-            s.tobytes() for s in batch["tokens"]
-        )
+        for name in ("image", "tokens", "mlm_labels"):
+            assert sorted(s.tobytes() for s in union[name]) == sorted(
+                s.tobytes() for s in batch[name]
+            )
 
 
-def test_a_run_continues_where_it_stopped():
+def test_a_run_continues_where_it_stopped(all_views):
     # The end of the first epoch lies within the third batch.
-    whole = batches(Numbered(10), 6)
+    source = Numbered(10, synthetic=True)
+    whole = batches(source, 6, **all_views)
     for step in range(6):
-        rest = batches(Numbered(10), 6 - step, start_sample=4 * step)
+        rest = batches(source, 6 - step, start_sample=4 * step, **all_views)
         assert_equal(joined(rest), joined(whole[step:]))
 
 
-def test_a_run_continues_with_other_batches_shards_and_workers():
-    whole = joined(batches(Numbered(10), 9))
-    rest = joined(batches(Numbered(10), 4, batch_size=6, start_sample=10, workers=1))
+def test_a_run_continues_with_other_batches_shards_and_workers(all_views):
+    source = Numbered(10, synthetic=True)
+    whole = joined(batches(source, 9, **all_views))
+    changes = dict(batch_size=6, start_sample=10, **all_views)
+    rest = joined(batches(source, 4, workers=1, **changes))
     assert_equal(rest, {name: value[10:34] for name, value in whole.items()})
 
-    half = joined(batches(Numbered(10), 4, batch_size=6, start_sample=10, shard=(1, 2)))
+    half = joined(batches(source, 4, shard=(1, 2), **changes))
     assert_equal(half, {name: value[11:34:2] for name, value in whole.items()})
 
 
@@ -170,6 +302,18 @@ def test_a_huge_source_needs_no_list_of_its_records():
     "changes, words",
     [
         ({"text_views": ("caption", "subtitle")}, "subtitle.*caption"),
+        ({"text_views": ("masked", "masked")}, "must be different"),
+        ({"mask_rate": 1.5}, "config.data.mask_rate=1.5"),
+        ({"token_lengths": (8, 13)}, r"config.data.token_lengths=\(8, 13\).*even"),
+        ({"token_lengths": (12, 8)}, r"config.data.token_lengths=\(12, 8\)"),
+        ({"token_lengths": (2, 8)}, r"config.data.token_lengths=\(2, 8\).*at least 4"),
+        ({"text_views": ("augmented",), "eda": ()}, r"config.data.eda=\(\).*swap"),
+        ({"text_views": ("augmented",), "eda": ("insert",)}, "config.data.eda=.*'insert'"),
+        (
+            {"text_views": ("augmented",), "eda": ("synonym",)},
+            r"config.data.synonyms=''.*prepare synonyms.*config.data.eda=\('swap','delete'\)",
+        ),
+        ({"text_views": ("synthetic",)}, "numbered has no synthetic captions.*--synthetic-column"),
         ({"shard": (0, 3)}, "batch_size=4.*3"),
         ({"threads": 0}, "threads=0"),
         ({"seed": -1}, "seed=-1"),
@@ -178,6 +322,10 @@ def test_a_huge_source_needs_no_list_of_its_records():
 def test_wrong_settings_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         batches(Numbered(10), 1, **changes)
+
+
+def test_settings_that_no_view_needs_are_not_looked_at():
+    batches(Numbered(10), 1, eda=("synonym",), synonyms="nowhere")
 
 
 def test_an_empty_source_is_refused():
@@ -234,12 +382,13 @@ def test_eval_crop_larger_than_the_image_is_refused():
 # --- sources ------------------------------------------------------------------------------------
 
 
-def write_dataset(directory, class_names=()):
+def write_dataset(directory, class_names=(), synthetic=False):
     """A data set with 5 records in the two shards of split "train"."""
     stored = []
     for index in range(5):
         image = cv2.imencode(".png", Numbered(5)[index]["image"])[1].tobytes()
         record = {"image": image, "captions": ["a", "b"], "key": f"é{index}"}
+        record |= {"synthetic": [f"machine {index}"]} if synthetic else {}
         stored.append(record | ({"label": index % len(class_names)} if class_names else {}))
     for shard in range(2):
         path = directory / records.shard_name("set", "train", shard, 2)
@@ -248,7 +397,7 @@ def write_dataset(directory, class_names=()):
             writer.write(records.serialise(record))
         writer.close()
     records.write_metadata(
-        directory, "set", {"train": records.SplitSize([3, 2], 1000)}, class_names
+        directory, "set", {"train": records.SplitSize([3, 2], 1000)}, class_names, synthetic
     )
     return stored
 
@@ -262,6 +411,23 @@ def test_a_prepared_source_reads_what_was_written(tmp_path):
     assert open_source(str(tmp_path), "train[60%:]")[0] == stored[3]
 
 
+def test_a_prepared_source_with_synthetic_captions(tmp_path):
+    stored = write_dataset(tmp_path, synthetic=True)
+    source = open_source(str(tmp_path), "train")
+    assert [source[i] for i in range(5)] == stored
+    changes = dict(text_views=("synthetic",), batch_size=5)
+    (batch,) = batches(source, 1, **changes)
+    expected = tokenize([f"machine {i}" for i in range(5)], 16)
+    assert {row.tobytes() for row in batch["tokens"]} == {row.tobytes() for row in expected}
+
+
+def test_a_prepared_source_without_synthetic_captions(tmp_path):
+    write_dataset(tmp_path)
+    words = f"{tmp_path} split 'train' has no synthetic captions.*--synthetic-field"
+    with pytest.raises(ValueError, match=words):
+        batches(open_source(str(tmp_path), "train"), 1, text_views=("caption", "synthetic"))
+
+
 def test_a_prepared_source_in_workers(tmp_path):
     write_dataset(tmp_path)
     source = open_source(str(tmp_path), "train")
@@ -272,7 +438,8 @@ def test_a_prepared_source_in_workers(tmp_path):
 
 
 def test_scenes_are_a_source():
-    batch = joined(batches(open_source("scenes", "train"), 2))
+    changes = dict(text_views=("caption", "synthetic"))
+    batch = joined(batches(open_source("scenes", "train"), 2, **changes))
     assert len(batch["image"]) == 8
 
 

@@ -92,6 +92,41 @@ def test_csv_from_a_folder(photos, tmp_path, capsys):
     assert (info.name, info.splits["train"].shard_lengths) == ("birds", [6, 7, 7])
 
 
+def test_synthetic_captions(photos, tmp_path, capsys):
+    rows = ["image,caption,machine"]
+    for number, name in enumerate(sorted(os.listdir(photos))):
+        rows.append(f"{name},caption {number},{f'seen {number}' if number else ''}")
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    output = tmp_path / "birds"
+    flags = ("--captions", tmp_path / "rows.csv", "--synthetic-column", "machine")
+    assert run("csv", photos, output, *flags) == 0
+    assert [record["synthetic"] for record in read(output)] == [[f"seen {n}"] for n in range(1, 20)]
+    assert refused(output) == [("00.png", "no synthetic caption")]
+    assert "synthetic" in tfds.builder_from_directory(output).info.features
+
+    # A second split may call the column otherwise, but has to have one.
+    assert run("csv", photos, output, *flags[:2], "--split", "test") == 2
+    assert "split 'train' has some and this one none" in capsys.readouterr().err
+    changed = ("--split", "test", "--synthetic-column", "caption")
+    assert run("csv", photos, output, *flags[:2], *changed) == 0
+    assert read(output, "test")[0]["synthetic"] == ["caption 0"]
+
+
+def test_synthetic_captions_of_jsonl_and_imagefolder(tmp_path):
+    (tmp_path / "in/fox").mkdir(parents=True)
+    (tmp_path / "in/fox/a.jpg").write_bytes(encoded(1))
+    row = {"filename": "fox/a.jpg", "caption": "Mr Fox", "machine": "an animal"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    flags = ("--captions", tmp_path / "rows.jsonl", "--synthetic-field", "machine")
+    assert run("jsonl", tmp_path / "in", tmp_path / "one", *flags) == 0
+    assert read(tmp_path / "one")[0]["synthetic"] == ["an animal"]
+
+    flags = ("--synthetic-template", "a {}", "--synthetic-template", "some {}")
+    assert run("imagefolder", tmp_path / "in", tmp_path / "two", *flags) == 0
+    assert read(tmp_path / "two")[0]["synthetic"] == ["a fox", "some fox"]
+    assert read(tmp_path / "two")[0]["captions"] == ["a photo of a fox."]
+
+
 def test_csv_inside_a_zip(tmp_path):
     with zipfile.ZipFile(tmp_path / "birds.zip", "w") as archive:
         archive.writestr("pictures/a.jpg", encoded(1))
@@ -260,6 +295,7 @@ def test_arguments_that_cannot_be(photos, animals, tmp_path, capsys):
         ("found no .*<class>/<image>", "imagefolder", tmp_path / "empty", output),
         ("try|perhaps pass --subfolder", "imagefolder", animals, output),
         ("no {} for", "imagefolder", animals, output, *train, "--template", "a {name}"),
+        ("'a' has no {}", "imagefolder", animals, output, *train, "--synthetic-template", "a"),
         ("--classes", "imagefolder", animals, output, *train, "--classes", "nowhere.txt"),
     ]:
         assert run(*arguments) == 2
@@ -271,11 +307,11 @@ def test_arguments_that_cannot_be(photos, animals, tmp_path, capsys):
 
 
 def test_every_format_has_an_example(capsys):
-    for name in ("csv", "imagefolder", "jsonl"):
+    for name in ("csv", "imagefolder", "jsonl", "synonyms"):
         with pytest.raises(SystemExit) as exit:
             prepare.main([name, "--help"])
         assert exit.value.code == 0
-        assert f"python -m declip_jax.prepare {name} --images" in capsys.readouterr().out
+        assert f"python -m declip_jax.prepare {name} --" in capsys.readouterr().out
 
 
 def test_a_foreign_data_set_is_left_alone(photos, tmp_path, capsys):

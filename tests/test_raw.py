@@ -15,21 +15,22 @@ def make_zip(path, members: dict[str, bytes]) -> raw.Files:
 
 @pytest.fixture
 def csv_index(tmp_path):
-    def index(text: str | bytes) -> raw.Index:
+    def index(text: str | bytes, *synthetic: str) -> raw.Index:
         path = tmp_path / "captions.csv"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return raw.index_csv(raw.Files(str(tmp_path)), str(path), "image", "caption")
+        return raw.index_csv(raw.Files(str(tmp_path)), str(path), "image", "caption", *synthetic)
 
     return index
 
 
 @pytest.fixture
 def jsonl_index(tmp_path):
-    def index(*lines: bytes | dict) -> raw.Index:
+    def index(*lines: bytes | dict, synthetic: str | None = None) -> raw.Index:
         lines = [json.dumps(line).encode() if isinstance(line, dict) else line for line in lines]
         path = tmp_path / "captions.jsonl"
         path.write_bytes(b"\n".join(lines))
-        return raw.index_jsonl(raw.Files(str(tmp_path)), str(path), "filename", "caption")
+        files = raw.Files(str(tmp_path))
+        return raw.index_jsonl(files, str(path), "filename", "caption", synthetic)
 
     return index
 
@@ -52,6 +53,30 @@ def test_csv_collects_all_rows_of_an_image(csv_index):
         raw.Item("a.jpg", ['one, with "quotes"']),
     ]
     assert index.refused == []
+
+
+def test_csv_synthetic_captions(csv_index):
+    index = csv_index(
+        b"caption,image,machine\n"
+        b"one,a.jpg,a dog\n"
+        b"two,a.jpg,a dog\n"
+        b"three,a.jpg,\n"
+        b",a.jpg,dogs\n"
+        b"one,b.jpg, \n"
+        b"two,c.jpg,caf\xe9\n"
+        b",d.jpg,a cat\n",
+        "machine",
+    )
+    assert index.items == [raw.Item("a.jpg", ["one", "two", "three"], None, ["a dog", "dogs"])]
+    assert refused(index) == [
+        ("a.jpg", "empty caption"),
+        ("line 7", "not UTF-8"),
+        ("d.jpg", "empty caption"),
+        ("b.jpg", "no synthetic caption"),
+        ("d.jpg", "no caption left"),
+    ]
+    with pytest.raises(raw.InputError, match="no column 'robot'.*--synthetic-column"):
+        csv_index("image,caption\na.jpg,x\n", "robot")
 
 
 def test_csv_refusals(csv_index):
@@ -124,6 +149,26 @@ def test_jsonl(jsonl_index):
     json.dumps(index.refused, ensure_ascii=False).encode()  # nothing in the list is not UTF-8
 
 
+def test_jsonl_synthetic_captions(jsonl_index):
+    index = jsonl_index(
+        {"filename": "a.jpg", "caption": "one", "machine": "a dog"},
+        {"filename": "b.jpg", "caption": "two"},
+        {"filename": "c.jpg", "caption": "two", "machine": None},
+        {"filename": "d.jpg", "caption": "two", "machine": " "},
+        {"filename": "e.jpg", "caption": "two", "machine": ["a cat"]},
+        rb'{"filename": "f.jpg", "caption": "two", "machine": "\ud83d"}',
+        synthetic="machine",
+    )
+    assert index.items == [raw.Item("a.jpg", ["one"], None, ["a dog"])]
+    assert refused(index) == [
+        ("line 5", "bad row"),
+        ("line 6", "not UTF-8"),
+        ("b.jpg", "no synthetic caption"),
+        ("c.jpg", "no synthetic caption"),
+        ("d.jpg", "no synthetic caption"),
+    ]
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_imagefolder(tmp_path, kind):
     members = {
@@ -143,12 +188,13 @@ def test_imagefolder(tmp_path, kind):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(data)
         files = raw.Files(str(tmp_path), "train/")
-    index = raw.index_imagefolder(files, ["a {}.", "{}, a {}"], None)
+    index = raw.index_imagefolder(files, ["a {}.", "{}, a {}"], None, ["some {}"])
     assert index.class_names == ["fox", "grey wolf"]
+    captions = ["a grey wolf.", "grey wolf, a grey wolf"]
     assert index.items == [
-        raw.Item("fox/c.JPEG", ["a fox.", "fox, a fox"], 0),
-        raw.Item("grey_wolf/a.jpg", ["a grey wolf.", "grey wolf, a grey wolf"], 1),
-        raw.Item("grey_wolf/b.png", ["a grey wolf.", "grey wolf, a grey wolf"], 1),
+        raw.Item("fox/c.JPEG", ["a fox.", "fox, a fox"], 0, ["some fox"]),
+        raw.Item("grey_wolf/a.jpg", captions, 1, ["some grey wolf"]),
+        raw.Item("grey_wolf/b.png", captions, 1, ["some grey wolf"]),
     ]
     assert {reason for _, reason in refused(index)} == {"misplaced file"}
     assert len(index.refused) == 2

@@ -14,29 +14,36 @@ def png(seed: int) -> bytes:
     return cv2.imencode(".png", pixels)[1].tobytes()
 
 
-def record(number: int, **label: int) -> dict:
+def record(number: int, **more) -> dict:
     return {
         "image": png(number),
         "captions": [f"{number}", "Café ☕"],
         "key": f"é/{number}",
-        **label,
+        **more,
     }
 
 
-@pytest.mark.parametrize("label", [{}, {"label": 0}, {"label": 3}])
-def test_serialise_and_back(label):
-    assert records.deserialise(records.serialise(record(1, **label))) == record(1, **label)
+SYNTHETIC = {"synthetic": ["a dog", "Café"]}
+
+
+@pytest.mark.parametrize("more", [{}, {"label": 0}, {"label": 3}, SYNTHETIC])
+def test_serialise_and_back(more):
+    assert records.deserialise(records.serialise(record(1, **more))) == record(1, **more)
 
 
 def test_field_order_does_not_matter():
-    fields = record(1, label=2)
+    fields = record(1, label=2, **SYNTHETIC)
     backwards = dict(reversed(fields.items()))
     assert records.serialise(backwards) == records.serialise(fields)
 
 
 def test_tfds_reads_what_was_written(tmp_path):
     # The middle shard is empty, as when all its images were refused.
-    shards = [[record(0, label=1), record(1, label=0)], [], [record(2, label=1)]]
+    shards = [
+        [record(0, label=1, **SYNTHETIC), record(1, label=0, **SYNTHETIC)],
+        [],
+        [record(2, label=1, **SYNTHETIC)],
+    ]
     for number, shard in enumerate(shards):
         writer = ArrayRecordWriter(
             str(tmp_path / records.shard_name("birds", "val", number, 3)), "group_size:1"
@@ -45,7 +52,7 @@ def test_tfds_reads_what_was_written(tmp_path):
             writer.write(records.serialise(fields))
         writer.close()
     records.write_metadata(
-        tmp_path, "birds", {"val": records.SplitSize([2, 0, 1], 10)}, ["owl", "barn owl"]
+        tmp_path, "birds", {"val": records.SplitSize([2, 0, 1], 10)}, ["owl", "barn owl"], True
     )
 
     builder = tfds.builder_from_directory(tmp_path)
@@ -56,6 +63,7 @@ def test_tfds_reads_what_was_written(tmp_path):
         read, expected = source[number], record(number, label=label)
         assert read["image"] == expected["image"]
         assert [text.decode() for text in read["captions"]] == expected["captions"]
+        assert [text.decode() for text in read["synthetic"]] == SYNTHETIC["synthetic"]
         assert read["key"].decode() == expected["key"]
         assert read["label"] == expected["label"]
     # Without SkipDecoding, TFDS decodes the image.

@@ -65,6 +65,7 @@ def test_records():
         assert record["image"].shape == (size, size, 3) and record["image"].dtype == np.uint8
         assert record["image"].flags.c_contiguous
         assert len(set(record["captions"])) == 5
+        assert len(record["synthetic"]) == 1
         assert record["key"] == f"{split}-3"
         assert ("label" in record) == (split == "zeroshot") == bool(Scenes(split).class_names)
 
@@ -161,6 +162,16 @@ def test_captions_are_true(split):
                 assert split == "train" or phrase["size"] and phrase["texture"], caption
             for article, letter in re.findall(r"\b(an?) (\w)", caption):
                 assert (article == "an") == (letter in "aeiou"), caption
+
+
+@pytest.mark.parametrize("split", scenes.SPLITS)
+def test_synthetic_captions_name_colours_and_shapes_alone(split):
+    source = Scenes(split, 16)
+    for index in range(100):
+        (caption,) = source[index]["synthetic"]
+        for phrase in _read(caption, _described(split, index)):
+            assert not (phrase["size"] or phrase["texture"] or phrase["place"])
+        assert not re.search(_any_of(NAMES), caption)
 
 
 def test_captions_of_training_use_every_word():

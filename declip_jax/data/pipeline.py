@@ -6,7 +6,6 @@ of processes, or where a run was interrupted.
 """
 
 import functools
-import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -19,17 +18,15 @@ from absl import flags
 
 from declip_jax.data.image import random_resized_crop, resize_centre_crop
 from declip_jax.data.sources import Source
-from declip_jax.data.tokenizer import tokenize
+from declip_jax.data.text import augment, check_eda, load_synonyms, mask_tokens
+from declip_jax.data.tokenizer import EOT, tokenize
 
-
-def _caption(record: dict[str, Any], rng: np.random.Generator) -> str:
-    return record["captions"][rng.integers(len(record["captions"]))]
-
-
-# What a text view can be: (record, rng) -> str.
-TEXT_VIEWS: dict[str, Callable[[dict[str, Any], np.random.Generator], str]] = {
-    "caption": _caption,  # one of the image's captions
-}
+TEXT_VIEWS = (
+    "caption",  # one of the image's captions
+    "masked",  # the same caption with tokens hidden, see `mask_tokens`
+    "augmented",  # the same caption with words changed, see `augment`
+    "synthetic",  # one of the image's synthetic captions
+)
 
 
 def train_batches(
@@ -41,6 +38,10 @@ def train_batches(
     context: int,
     batch_size: int,
     seed: int,
+    token_lengths: Sequence[int] = (),
+    mask_rate: float = 0.15,
+    eda: Sequence[str] = ("swap", "delete"),
+    synonyms: str = "",
     start_sample: int = 0,
     shard: tuple[int, int] = (0, 1),
     workers: int = 0,
@@ -55,11 +56,17 @@ def train_batches(
     Args:
       source: where the records come from.
       image_views: V objects with the crop_scale and crop_ratio of `random_resized_crop`.
-      text_views: T names of TEXT_VIEWS.
+      text_views: T different names of TEXT_VIEWS.
       resolution: R, pixels.
-      context: L, tokens.
+      context: tokens of the longest caption.
       batch_size: samples a step, over all shards together.
       seed: of the order and of all that is drawn.
+      token_lengths: even numbers, ascending. L is the first of these below the context that holds
+        all captions of the batch, else the context made even; with several shards always the
+        latter, because none knows the captions of the others. (): L is the context as it is.
+      mask_rate: share of the tokens that "masked" chooses.
+      eda: operations of `augment`, of which "augmented" draws one for each caption.
+      synonyms: file that `prepare synonyms` wrote, for "synonym" in `eda`.
       start_sample: samples used before; the first batch starts with this one.
       shard: (index, count): this process' part of every batch.
       workers: processes that make batches; 0 makes them in threads of this process.
@@ -67,20 +74,36 @@ def train_batches(
       prefetch: batches made ahead, in each process; at least 2.
 
     Returns:
-      A generator of {"image": uint8 [B, V, R, R, 3], "tokens": int32 [B, T, L]}, B = batch_size /
-      count.
+      A generator of {"image": uint8 [B, V, R, R, 3], "tokens": int32 [B, T, L]} and, with the text
+      view "masked", "mlm_labels": int32 [B, L], see `mask_tokens`; B = batch_size / count.
 
     Raises:
-      ValueError: an empty source, an unknown text view, a number out of range, or a batch size that
-        does not divide by the number of shards; while it runs, a record that cannot be read, by
-        source, index and key.
+      ValueError: an empty source, one without the synthetic captions or the synonyms that a text
+        view needs, an unknown text view, a number out of range, or a batch size that does not
+        divide by the number of shards; while it runs, a record that cannot be read, by source,
+        index and key.
       RuntimeError: while it runs, a worker that was killed.
     """
-    unknown = sorted(set(text_views) - set(TEXT_VIEWS))
-    if unknown:
-        raise ValueError(f"text views {unknown} are unknown: expected {sorted(TEXT_VIEWS)}.")
+    if not set(text_views) <= set(TEXT_VIEWS) or len(set(text_views)) < len(text_views):
+        raise ValueError(f"text views {tuple(text_views)} must be different ones of {TEXT_VIEWS}.")
     if not len(source):
         raise ValueError(f"{source} is empty.")
+    if "synthetic" in text_views and "synthetic" not in source[0]:
+        raise ValueError(
+            f"{source} has no synthetic captions, which this method learns from: prepare the data "
+            "set again with --synthetic-column, --synthetic-field or --synthetic-template."
+        )
+    if "augmented" in text_views:
+        check_eda(eda, synonyms)
+    uses_synonyms = "augmented" in text_views and "synonym" in eda
+    if not 0 <= mask_rate <= 1:
+        raise ValueError(f"config.data.mask_rate={mask_rate} must lie in 0 … 1.")
+    ascending = list(token_lengths) == sorted(set(token_lengths))
+    if not ascending or any(length < 4 or length % 2 for length in token_lengths):
+        raise ValueError(
+            f"config.data.token_lengths={tuple(token_lengths)} must be even numbers of at least 4, "
+            "each larger than the one before, or () to keep all batches as long as the context."
+        )
     least = {"seed": (seed, 0), "workers": (workers, 0), "threads": (threads, 1)}
     for name, (value, minimum) in least.items():
         if value < minimum:
@@ -88,22 +111,40 @@ def train_batches(
     index, count = shard
     if batch_size % count:
         raise ValueError(f"batch_size={batch_size} does not divide by the {count} processes.")
+    full_length = context + (context % 2 if token_lengths else 0)
+    lengths = [*(n for n in token_lengths if n < context and count == 1), full_length]
     if not flags.FLAGS.is_parsed():  # outside of absl.app.run; grain reads its own flags
         flags.FLAGS.mark_as_parsed()
 
     def make_batch(samples: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
         shape = (len(samples), len(image_views), resolution, resolution, 3)
         images = np.empty(shape, np.uint8)
+        synonyms_of = load_synonyms(synonyms) if uses_synonyms else {}
 
-        def fill(row: int, record: dict[str, Any]) -> list[str]:
+        def fill(row: int, record: dict[str, Any]) -> tuple[list[str], np.random.Generator]:
             rng = np.random.default_rng((seed, samples[row][0]))
             images[row] = random_resized_crop(record["image"], image_views, rng, resolution)
-            return [TEXT_VIEWS[name](record, rng) for name in text_views]
+            caption = _draw(record["captions"], rng)
+            texts = {"caption": caption, "masked": caption}
+            if "augmented" in text_views:
+                texts["augmented"] = augment(caption, eda, synonyms_of, rng)
+            if "synthetic" in text_views:
+                texts["synthetic"] = _draw(record["synthetic"], rng)
+            return [texts[name] for name in text_views], rng
 
-        texts = _map_records(fill, source, [record for _, record in samples], threads)
-        tokens = tokenize(list(itertools.chain.from_iterable(texts)), context)
-        # [B * T, L] -> [B, T, L]
-        return {"image": images, "tokens": tokens.reshape(len(samples), len(text_views), context)}
+        rows = _map_records(fill, source, [record for _, record in samples], threads)
+        tokens = np.zeros((len(samples), len(text_views), full_length), np.int32)
+        ids = tokenize([text for texts, _ in rows for text in texts], context)
+        tokens[..., :context] = ids.reshape(*tokens.shape[:2], context)  # [B * T, …] -> [B, T, …]
+        longest = 1 + (tokens == EOT).argmax(-1).max()
+        tokens = tokens[..., : next(n for n in lengths if n >= longest)]
+        batch = {"image": images, "tokens": tokens}
+        if "masked" in text_views:
+            masked = tokens[:, text_views.index("masked")]  # [B, L], a view
+            batch["mlm_labels"] = np.empty_like(masked)
+            for row, (_, rng) in enumerate(rows):
+                masked[row], batch["mlm_labels"][row] = mask_tokens(masked[row], mask_rate, rng)
+        return batch
 
     dataset = (
         grain.MapDataset.range(len(source))
@@ -124,6 +165,10 @@ def train_batches(
         )
     )
     return _iterate(dataset)
+
+
+def _draw(texts: Sequence[str], rng: np.random.Generator) -> str:
+    return texts[rng.integers(len(texts))]
 
 
 def _ignore_interrupts(index: int, count: int) -> None:

@@ -45,6 +45,7 @@ class Item(NamedTuple):
     key: str  # the image's name, as `Files.read` takes it
     captions: Sequence[str]
     label: int | None = None
+    synthetic: Sequence[str] = ()  # captions that a model wrote
 
 
 class Index(NamedTuple):
@@ -170,17 +171,23 @@ def is_utf8(text: str) -> bool:
 
 
 class _Captions:
-    """Collects captions by image, in the order in which the images are first named."""
+    """Collects captions by image, in the order in which the images are first named.
 
-    def __init__(self):
+    Args:
+      synthetic: whether every image needs a synthetic caption too.
+    """
+
+    def __init__(self, synthetic: bool):
+        self.needs_synthetic = synthetic
         self.by_key: dict[str, list[str]] = {}
+        self.synthetic: dict[str, list[str]] = {}
         self.refused: list[dict[str, str]] = []
 
     def refuse(self, key: str, reason: str, detail: str) -> None:
         self.refused.append(Refused(reason, detail).entry(key))
 
-    def add(self, line: str, key: str, caption: str) -> None:
-        if not is_utf8(key + caption):
+    def add(self, line: str, key: str, caption: str, synthetic: str = "") -> None:
+        if not is_utf8(key + caption + synthetic):
             self.refuse(line, "not UTF-8", f"image {key!r}")
         elif not key:
             self.refuse(line, "bad row", "no image name")
@@ -190,35 +197,52 @@ class _Captions:
                 captions.append(caption)
             else:
                 self.refuse(key, "empty caption", line)
+            # Rows for several captions of an image may repeat its synthetic one.
+            if synthetic.strip() and synthetic not in self.synthetic.setdefault(key, []):
+                self.synthetic[key].append(synthetic)
 
     def index(self) -> Index:
+        items = []
         for key, captions in self.by_key.items():
+            synthetic = self.synthetic.get(key, ())
             if not captions:
                 self.refuse(key, "no caption left", "all its captions are empty")
-        items = [Item(key, captions) for key, captions in self.by_key.items() if captions]
+            elif self.needs_synthetic and not synthetic:
+                self.refuse(key, "no synthetic caption", "it is missing or empty")
+            else:
+                items.append(Item(key, captions, synthetic=synthetic))
         return Index(items, self.refused, [])
 
 
-def index_csv(files: Files, path: str, image_column: str, caption_column: str) -> Index:
+def index_csv(
+    files: Files,
+    path: str,
+    image_column: str,
+    caption_column: str,
+    synthetic_column: str | None = None,
+) -> Index:
     """CSV with a header; all rows of an image make one item.
 
     Raises:
       InputError: no such file, or it lacks one of the columns.
     """
-    captions = _Captions()
+    columns = {"image": image_column, "caption": caption_column}
+    if synthetic_column is not None:
+        columns["synthetic"] = synthetic_column
+    captions = _Captions(synthetic=synthetic_column is not None)
     with files.open_text(path) as lines:
         rows = csv.reader(lines, strict=True)
         try:
             header = next(rows, [])
         except csv.Error as error:
             raise InputError(f"--captions {path}: not CSV ({error})") from None
-        for flag, column in (("image", image_column), ("caption", caption_column)):
+        for flag, column in columns.items():
             if column not in header:
                 raise InputError(
                     f"--captions {path}: no column {column!r} among {header}; "
                     f"name the right one with --{flag}-column"
                 )
-        image_field, caption_field = header.index(image_column), header.index(caption_column)
+        image, caption, *synthetic = map(header.index, columns.values())
         while True:
             first = rows.line_num + 1
             try:
@@ -230,19 +254,26 @@ def index_csv(files: Files, path: str, image_column: str, caption_column: str) -
                 captions.refuse(f"lines {first}-{rows.line_num}", "bad row", str(error))
                 continue
             if len(row) == len(header):
-                captions.add(f"line {first}", row[image_field], row[caption_field])
+                texts = [row[place] for place in (caption, *synthetic)]
+                captions.add(f"line {first}", row[image], *texts)
             elif row:  # and not just a blank line
                 detail = f"{len(row)} fields, but {len(header)} columns"
                 captions.refuse(f"line {first}", "bad row", detail)
 
 
-def index_jsonl(files: Files, path: str, image_field: str, caption_field: str) -> Index:
+def index_jsonl(
+    files: Files,
+    path: str,
+    image_field: str,
+    caption_field: str,
+    synthetic_field: str | None = None,
+) -> Index:
     """A JSON object a line, an item each; a second one of the same image is refused.
 
     Raises:
       InputError: no such file.
     """
-    captions = _Captions()
+    captions = _Captions(synthetic=synthetic_field is not None)
     with files.open_text(path) as lines:
         for number, text in enumerate(lines, start=1):
             line = f"line {number}"
@@ -255,19 +286,28 @@ def index_jsonl(files: Files, path: str, image_field: str, caption_field: str) -
                 continue
             fields = row if isinstance(row, dict) else {}
             key, caption = fields.get(image_field), fields.get(caption_field)
+            synthetic = fields.get(synthetic_field)
             if not isinstance(key, str) or not isinstance(caption, str):
                 detail = f"no texts {image_field!r} and {caption_field!r} among {sorted(fields)}"
                 captions.refuse(line, "bad row", detail)
+            elif synthetic is not None and not isinstance(synthetic, str):
+                captions.refuse(line, "bad row", f"{synthetic_field!r} is no text")
             elif key in captions.by_key:
                 captions.refuse(key, "duplicate key", line)
             else:
-                captions.add(line, key, caption)
+                captions.add(line, key, caption, synthetic or "")
     return captions.index()
 
 
-def index_imagefolder(files: Files, templates: Sequence[str], classes: str | None) -> Index:
+def index_imagefolder(
+    files: Files,
+    templates: Sequence[str],
+    classes: str | None,
+    synthetic_templates: Sequence[str] = (),
+) -> Index:
     """Folders of images, one a class. The captions of an image are the templates, with the
-    readable name of its class for {}. Items are sorted by label, then by name.
+    readable name of its class for {}, and so are its synthetic ones. Items are sorted by label,
+    then by name.
 
     Raises:
       InputError: no images in class folders; or see `read_class_names`.
@@ -302,8 +342,11 @@ def index_imagefolder(files: Files, templates: Sequence[str], classes: str | Non
     names = read_class_names(classes, sorted(members))
     items = []
     for label, (folder, readable) in enumerate(names.items()):
-        captions = [template.replace("{}", readable) for template in templates]
-        items += [Item(key, captions, label) for key in members[folder]]
+        captions, synthetic = (
+            [template.replace("{}", readable) for template in several]
+            for several in (templates, synthetic_templates)
+        )
+        items += [Item(key, captions, label, synthetic) for key in members[folder]]
     return Index(items, refused, list(names.values()))
 
 

@@ -22,8 +22,14 @@ class SplitSize(NamedTuple):
     num_bytes: int  # stored bytes of all records together
 
 
-def features(class_names: Sequence[str] = ()) -> tfds.features.FeaturesDict:
+def features(
+    class_names: Sequence[str] = (), synthetic: bool = False
+) -> tfds.features.FeaturesDict:
     """The TFDS schema of a record; with class names, it also has a label.
+
+    Args:
+      class_names: by label; empty without classes.
+      synthetic: whether records have synthetic captions too.
 
     Raises:
       ValueError: two classes have the same name.
@@ -33,21 +39,26 @@ def features(class_names: Sequence[str] = ()) -> tfds.features.FeaturesDict:
         "captions": tfds.features.Sequence(tfds.features.Text()),
         "key": tfds.features.Text(),
     }
+    if synthetic:
+        schema["synthetic"] = tfds.features.Sequence(tfds.features.Text())
     if class_names:
         schema["label"] = tfds.features.ClassLabel(names=list(class_names))
     return tfds.features.FeaturesDict(schema)
 
 
 def serialise(record: Record) -> bytes:
-    """{"image": bytes, "captions": [str, ...], "key": str, "label": int (optional)} -> bytes.
+    """{"image": bytes, "captions": [str, ...], "key": str} -> bytes.
 
-    The same record always gives the same bytes.
+    Optional are "label": int and "synthetic": [str, ...]. The same record always gives the same
+    bytes.
     """
     example = tf_example_pb2.Example()
     feature = example.features.feature
     feature["image"].bytes_list.value.append(record["image"])
     feature["captions"].bytes_list.value.extend(text.encode() for text in record["captions"])
     feature["key"].bytes_list.value.append(record["key"].encode())
+    if "synthetic" in record:
+        feature["synthetic"].bytes_list.value.extend(text.encode() for text in record["synthetic"])
     if "label" in record:
         feature["label"].int64_list.value.append(record["label"])
     # The fields are a map, which protocol buffers otherwise write in any order.
@@ -62,6 +73,8 @@ def deserialise(serialised: bytes) -> Record:
         "captions": [text.decode() for text in feature["captions"].bytes_list.value],
         "key": feature["key"].bytes_list.value[0].decode(),
     }
+    if "synthetic" in feature:
+        record["synthetic"] = [text.decode() for text in feature["synthetic"].bytes_list.value]
     if "label" in feature:
         record["label"] = feature["label"].int64_list.value[0]
     return record
@@ -77,6 +90,7 @@ def write_metadata(
     name: str,
     splits: Mapping[str, SplitSize],
     class_names: Sequence[str] = (),
+    synthetic: bool = False,
 ) -> None:
     """Writes features.json, dataset_info.json and, with classes, label.labels.txt.
 
@@ -88,7 +102,7 @@ def write_metadata(
         builder=tfds.core.DatasetIdentity(
             name=name, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=""
         ),
-        features=features(class_names),
+        features=features(class_names, synthetic),
     )
     info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
     template = tfds.core.ShardedFileTemplate(

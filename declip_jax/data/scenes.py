@@ -15,6 +15,7 @@ Training shows every class in at least six of its eight textures and sizes: eval
 combinations of known words, never for new words.
 
 Captions speak of colours, left and right: flips and strong colour jitter or crops make them untrue.
+The synthetic caption is what a cautious model would write: all colours and shapes, nothing else.
 """
 
 import functools
@@ -155,8 +156,7 @@ def caption(scene: Scene, detail: float, rng: random.Random) -> str:
         words = [word(thing.size)] if rng.random() < detail else []
         words += [word(thing.texture)] if rng.random() < detail else []
         words += [word(thing.colour), word(thing.shape)]
-        article = "an" if words[0][0] in "aeiou" else "a"
-        phrases.append(" ".join([article, *words]))
+        phrases.append(_with_article(" ".join(words)))
         placed.append(f"{phrases[-1]} {word(PLACES[row][column])}")
 
     if rng.random() >= detail:
@@ -182,6 +182,10 @@ def caption(scene: Scene, detail: float, rng: random.Random) -> str:
     if rng.random() < 0.3:
         body += f", on a {scene.background} background"
     return opening + body
+
+
+def _with_article(phrase: str) -> str:
+    return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
 def _listed(phrases: list[str]) -> str:
@@ -322,6 +326,7 @@ class Scenes:
         record = {
             "image": draw(scene, self.size, rng),
             "captions": captions,
+            "synthetic": [_listed([_with_article(_class_name(o)) for o, _, _ in scene.objects])],
             "key": f"{self.split}-{index}",
         }
         if self.class_names:

@@ -15,6 +15,7 @@ class Source(Protocol):
     A record is a dict of one image with all its captions:
       image: bytes of an encoded image, or np.uint8 [H, W, 3].
       captions: list[str], at least one.
+      synthetic: list[str], at least one, captions that a model wrote; not in every source.
       key: str, names the record in messages and predictions.
       label: int, an index into `class_names`; only if there are any.
     """

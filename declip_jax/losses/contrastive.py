@@ -1,8 +1,9 @@
 """Contrastive losses between two sets of paired features."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-import optax
 
 
 def normalise(features: jax.Array) -> jax.Array:
@@ -19,46 +20,87 @@ def similarity(queries: jax.Array, keys: jax.Array, scale: jax.Array) -> jax.Arr
     return scale * jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
 
 
-def info_nce(logits: jax.Array) -> jax.Array:
-    """InfoNCE, one value a query: the positive of row i is column i.
+def info_nce(
+    x: jax.Array, y: jax.Array, scale: jax.Array, excluded: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """InfoNCE in both directions, one value a row: the positive of x[i] is y[i], and the reverse.
 
-    van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018.
+    van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018,
+    https://arxiv.org/abs/1807.03748. `losses.ring` has the same without the [N, N] logits.
 
     Args:
-      logits: [B, K] similarities, already scaled; K >= B.
+      x: [N, D] unit rows.
+      y: [N, D] unit rows.
+      scale: a scalar, the inverse temperature.
+      excluded: k > 0 leaves the pairs of x[i] and y[(i + k) mod N] out.
 
     Returns:
-      [B] cross-entropies.
+      Cross-entropies [N] of x against all of y, and [N] of y against all of x.
     """
-    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(len(logits)))
+    logits = similarity(x, y, scale)  # [N, N]
+    positive = jnp.diagonal(logits)
+    if excluded:
+        row = jnp.arange(len(x))
+        logits = logits.at[row, (row + excluded) % len(x)].set(-jnp.inf)
+    return tuple(jax.nn.logsumexp(logits, axis=axis) - positive for axis in (1, 0))
 
 
-def clip_loss(image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
+def own_rank(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """How many keys are nearer to a query than its own: [N, D], [N, D] unit rows -> int32 [N]."""
+    return rank_of_own(similarity(queries, keys, jnp.ones(())))
+
+
+def rank_of_own(logits: jax.Array) -> jax.Array:
+    """How many columns exceed the diagonal in each row: [N, N] -> int32 [N].
+
+    Of equal ones those with the lower index count as larger, and so does what is not a number:
+    features that are all the same, or broken, do not look accurate.
+    """
+    own = jnp.diagonal(logits)[:, None]
+    place = jnp.arange(len(logits))
+    behind = (logits < own) | ((logits == own) & (place[None, :] >= place[:, None]))
+    return (~behind).sum(axis=1)
+
+
+def clip_loss(
+    image: jax.Array,
+    text: jax.Array,
+    scale: jax.Array,
+    weights: jax.Array | float = 1.0,
+    info_nce: Callable = info_nce,
+) -> jax.Array:
     """Symmetric InfoNCE over all pairs of the global batch.
 
-    Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021.
+    Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021,
+    https://arxiv.org/abs/2103.00020.
 
     Args:
       image: [B, D] unit rows.
       text: [B, D] unit rows; row i belongs to image i.
       scale: exp(logit_scale), a scalar.
+      weights: of each pair, [B].
+      info_nce: this module's, or one that needs less memory.
 
     Returns:
-      The mean over both directions, a scalar.
+      The mean over pairs and both directions, a scalar.
     """
-    logits = similarity(image, text, scale)  # [B, B]
-    return (info_nce(logits).mean() + info_nce(logits.T).mean()) / 2
+    image_to_text, text_to_image = info_nce(image, text, scale)
+    return (weights * (image_to_text + text_to_image) / 2).mean()
 
 
-def retrieval_accuracy(queries: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
-    """Share of [B, D] unit rows whose own key is the nearest, or among the nearest five.
+def nearest_neighbour_loss(
+    image: jax.Array, neighbours: jax.Array, scale: jax.Array, info_nce: Callable = info_nce
+) -> jax.Array:
+    """InfoNCE of images against the support-set neighbours of their captions.
 
-    Of equally near keys those with the lower index count as nearer: features that are all the
-    same, or not numbers, do not look accurate.
+    Li et al., Supervision Exists Everywhere (DeCLIP), 2022, https://arxiv.org/abs/2110.05208.
+
+    Args:
+      image: [B, D] unit rows.
+      neighbours: [B, k, D] unit rows.
+
+    Returns:
+      The mean over images and neighbours, a scalar.
     """
-    logits = similarity(queries, keys, jnp.ones(()))  # [B, B]
-    own = jnp.diagonal(logits)[:, None]
-    place = jnp.arange(len(logits))
-    behind = (logits < own) | ((logits == own) & (place[None, :] >= place[:, None]))
-    rank = (~behind).sum(axis=1)  # [B]
-    return {"top1": (rank < 1).mean(), "top5": (rank < 5).mean()}
+    losses = [info_nce(image, neighbours[:, n], scale)[0] for n in range(neighbours.shape[1])]
+    return sum(losses).mean() / len(losses)

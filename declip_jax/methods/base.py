@@ -1,22 +1,36 @@
-"""What a method is. The training step knows nothing else about it."""
+"""What a method is, and what the methods share. The training step knows nothing else about them."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from declip_jax import support_set
+from declip_jax.losses import contrastive, ring
 from declip_jax.losses.contrastive import normalise
+from declip_jax.losses.late_interaction import late_interaction
+from declip_jax.models.text import real_tokens
 from declip_jax.models.two_towers import TwoTowers
 
 PyTree = Any
+Batch = dict[str, jax.Array]
 
 
 class Views(NamedTuple):
-    """What the pipeline must deliver for each pair: names of `config.views` and of text views."""
+    """What the pipeline must deliver for each pair.
+
+    Attributes:
+      image: names of `config.views`.
+      text: names of `data.pipeline.TEXT_VIEWS`.
+      padded: captions keep their padding up to the context, because the loss sees it.
+    """
 
     image: tuple[str, ...]
     text: tuple[str, ...]
+    padded: bool = False
 
 
 class Aux(NamedTuple):
@@ -44,14 +58,45 @@ class Method(NamedTuple):
     # init(rng) -> (params, extra)
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
     # loss(params, extra, batch, rng) -> (scalar, Aux); batch["image"] float [B, V, H, W, 3],
-    # batch["tokens"] int32 [B, T, L]
-    loss: Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple[jax.Array, Aux]]
+    # batch["tokens"] int32 [B, T, L], with masked captions batch["mlm_labels"] int32 [B, L]
+    loss: Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, Aux]]
     # project(params) -> params: the constraint that holds after every update
     project: Callable[[PyTree], PyTree]
     # encode_image(params, extra, images [B, H, W, 3]) -> [B, D] unit rows, evaluation mode
     encode_image: Callable[[PyTree, PyTree, jax.Array], jax.Array]
     # encode_text(params, extra, tokens [B, L]) -> [B, D] unit rows
     encode_text: Callable[[PyTree, PyTree, jax.Array], jax.Array]
+
+
+class Contrast(NamedTuple):
+    """How features are compared: `losses.contrastive`'s functions, or those of less memory."""
+
+    info_nce: Callable
+    own_rank: Callable
+
+
+def contrast(config, mesh: Mesh) -> Contrast:
+    """Plain logits below `config.loss.ring_threshold` rows, blocks of them on a ring from there."""
+    block, threshold = config.loss.block, config.loss.ring_threshold
+    if block < 1:
+        raise ValueError(f"config.loss.block={block} must be at least 1.")
+
+    def choose(plain, blockwise):
+        def either(x, y, *args, **kwargs):
+            if len(x) < threshold:
+                return plain(x, y, *args, **kwargs)
+            return blockwise(x, y, *args, mesh=mesh, block=block, **kwargs)
+
+        return either
+
+    return Contrast(
+        choose(contrastive.info_nce, ring.info_nce), choose(contrastive.own_rank, ring.own_rank)
+    )
+
+
+def accuracy(rank: jax.Array) -> dict[str, jax.Array]:
+    """Share of images whose own caption is nearest, or among the nearest five, by ranks [B]."""
+    return {"top1": (rank < 1).mean(), "top5": (rank < 5).mean()}
 
 
 def check_weights(weights: Mapping[str, float], terms: tuple[str, ...]) -> dict[str, float]:
@@ -69,8 +114,20 @@ def check_weights(weights: Mapping[str, float], terms: tuple[str, ...]) -> dict[
 
 
 def weighted_sum(terms: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:
-    """Sum of weight · term over the names, which `check_weights` has matched."""
-    return sum(weights[name] * term for name, term in terms.items())
+    """Sum of weight · term over the names, which `check_weights` has matched.
+
+    A term without weight is a metric only: leaving it out of the sum spares its backward pass.
+    """
+    return sum((weights[name] * term for name, term in terms.items() if weights[name]), start=0.0)
+
+
+def exp_scale(logit_scale: jax.Array, cap: float) -> jax.Array:
+    """exp(logit_scale), at most `cap` if that is not 0.
+
+    As in the published code the cap changes the value alone: the gradient stays that of exp.
+    """
+    scale = jnp.exp(logit_scale)
+    return scale + jax.lax.stop_gradient(jnp.minimum(scale, cap) - scale) if cap else scale
 
 
 def logit_scale_limits(limits) -> tuple[float, float]:
@@ -83,28 +140,153 @@ def logit_scale_limits(limits) -> tuple[float, float]:
 
 
 def clamp_logit_scale(params: PyTree, limits: tuple[float, float]) -> PyTree:
-    """Keeps params["logit_scale"] within `limits` (of the parameter, a logarithm)."""
-    return {**params, "logit_scale": jnp.clip(params["logit_scale"], *limits)}
+    """Keeps logit_scale and, where there is one, logit_scale_dense within `limits`.
+
+    The limits are of the parameters, which are logarithms.
+    """
+    scales = [name for name in ("logit_scale", "logit_scale_dense") if name in params]
+    return {**params, **{name: jnp.clip(params[name], *limits) for name in scales}}
 
 
-def two_tower_functions(towers: TwoTowers, model) -> dict[str, Callable]:
-    """The `init`, `encode_image` and `encode_text` of a method that has nothing but two towers."""
+def late_interaction_of(config, mesh: Mesh) -> Callable:
+    """Returns interact(patches [B, P, E], words [B, L, E], tokens [B, L]); see the loss."""
+    options, eot_id = config.loss.late_interaction, config.model.text.eot_id
+    if options.tokens < 0:
+        raise ValueError(
+            f"config.loss.late_interaction.tokens={options.tokens} must be at least 0 (0: all)."
+        )
+
+    def interact(patches, words, tokens):
+        mask = real_tokens(tokens, eot_id) if options.mask_padding else None
+        return late_interaction(
+            patches,
+            words,
+            tokens=options.tokens,
+            text_mask=mask,
+            mesh=mesh,
+            block=config.loss.block,
+        )
+
+    return interact
+
+
+class SupportSet:
+    """The support set of a run: what `support_set` computes, with the config's settings.
+
+    Raises:
+      ValueError: settings that could not work.
+    """
+
+    def __init__(self, config, mesh: Mesh):
+        options = config.loss.support_set
+        enqueued = 2 * config.batch_size
+        support_set.check(
+            options.size, mesh.size, enqueued, options.neighbours, options.young_steps
+        )
+        self._mesh, self._block = mesh, config.loss.block
+        self._size, self._width = options.size, config.model.embed_dim
+        self._neighbours, self._young = options.neighbours, options.young_steps * enqueued
+
+    def init(self, rng: jax.Array) -> support_set.State:
+        return support_set.init(rng, self._size, self._width)
+
+    def look_up(self, state, text: jax.Array, augmented: jax.Array):
+        """The neighbours of captions [B, D] and augmented captions [B, D] in the set as it is.
+
+        Returns:
+          [B, k, D] twice, and metrics.
+        """
+        queries = jnp.stack([text, augmented], axis=1).reshape(-1, self._width)  # -> [2B, D]
+        found = support_set.nearest(
+            state, queries, self._neighbours, mesh=self._mesh, block=self._block
+        )
+        # [2B, k, D] -> [B, 2, k, D]
+        rows = found.rows.reshape(len(text), 2, *found.rows.shape[1:])
+        return rows[:, 0], rows[:, 1], support_set.metrics(found, state, young_rows=self._young)
+
+    def enqueue(self, state, text: jax.Array, augmented: jax.Array) -> support_set.State:
+        """The augmented captions enter first, then the captions."""
+        return support_set.enqueue(state, jnp.concatenate([augmented, text]), mesh=self._mesh)
+
+
+def unit_tokens(tokens: jax.Array) -> jax.Array:
+    """Tokens [..., E] scaled to unit length in float32, in their own dtype."""
+    return normalise(tokens.astype(jnp.float32)).astype(tokens.dtype)
+
+
+def masked_views(config) -> tuple[str, ...]:
+    """Text views of a method with masked captions: the first is contrasted, the last is masked.
+
+    The published methods contrast the masked caption itself.
+    """
+    return ("masked",) if config.loss.contrast_masked else ("caption", "masked")
+
+
+def _batch_stats(extra: PyTree) -> PyTree:
+    """The part of `extra` that is a network's."""
+    return {name: extra[name] for name in extra if name == "batch_stats"}
+
+
+def make_encode(network: TwoTowers, microbatches: int) -> Callable[[PyTree, PyTree, Batch], tuple]:
+    """Returns encode(params, extra, batch) -> (features, extra), in training mode.
+
+    Features are what the network returns, arrays whose first axis is that of the batch or counts
+    parts of it. With microbatches, parts of the batch go through one after the other and again in
+    the backward pass, so that only one part's activations live; the loss still sees all features.
+    Batch normalisation then has the statistics of each part.
+    """
+
+    def encode_part(params, stats, batch):
+        features, stats = network.apply(
+            {"params": params, **stats}, batch, train=True, mutable=list(stats)
+        )
+        return features, stats
+
+    def encode(params, extra, batch):
+        stats = _batch_stats(extra)
+        if microbatches == 1:
+            features, stats = encode_part(params, stats, batch)
+            return features, {**extra, **stats}
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)  # nothing to merge with in a scan
+        def body(stats, part):
+            features, stats = encode_part(params, stats, part)
+            return stats, features
+
+        # Every m-th example, so that each part lies over all devices as the batch does:
+        # [B, ...] -> [B / m, m, ...] -> [m, B / m, ...]
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        stats, features = jax.lax.scan(body, stats, parts)
+        # [m, B / m, ...] -> [B / m, m, ...] -> [B, ...]
+        features = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), features)
+        return features, {**extra, **stats}
+
+    return encode
+
+
+def network_functions(network: TwoTowers, config, views: Views) -> dict[str, Callable]:
+    """The `init`, `encode_image` and `encode_text` of a method's network."""
 
     def init(rng):
-        size = model.image.resolution
-        variables = towers.init(
-            rng,
-            jnp.zeros((1, size, size, 3)),
-            jnp.full((1, model.text.context), model.text.eot_id, jnp.int32),
-        )
+        size, context = config.model.image.resolution, config.model.text.context
+        batch = {
+            "image": jnp.zeros((1, len(views.image), size, size, 3)),
+            "tokens": jnp.full((1, len(views.text), context), config.model.text.eot_id, jnp.int32),
+            "mlm_labels": jnp.full((1, context), -1, jnp.int32),
+        }
+        variables = network.init(rng, batch, train=False)
         return variables.pop("params"), variables
 
     def encode_image(params, extra, images):
-        variables = {"params": params, **extra}
-        return normalise(towers.apply(variables, images, method=TwoTowers.encode_image))
+        variables = {"params": params, **_batch_stats(extra)}
+        features = network.apply(variables, images[:, None], method=TwoTowers.encode_image)
+        return normalise(features.embedding[:, 0])
 
     def encode_text(params, extra, tokens):
-        variables = {"params": params, **extra}
-        return normalise(towers.apply(variables, tokens, method=TwoTowers.encode_text))
+        variables = {"params": params, **_batch_stats(extra)}
+        features = network.apply(variables, tokens[:, None], method=TwoTowers.encode_text)
+        return normalise(features.embedding[:, 0])
 
     return {"init": init, "encode_image": encode_image, "encode_text": encode_text}

@@ -1,51 +1,45 @@
 """CLIP: Radford et al., Learning Transferable Visual Models From Natural Language Supervision."""
 
-import jax.numpy as jnp
-
-from declip_jax.losses.contrastive import clip_loss, normalise, retrieval_accuracy
-from declip_jax.methods.base import (
-    Aux,
-    Method,
-    Views,
-    check_weights,
-    clamp_logit_scale,
-    logit_scale_limits,
-    two_tower_functions,
-    weighted_sum,
-)
+from declip_jax.losses.contrastive import clip_loss, normalise
+from declip_jax.methods import base
+from declip_jax.methods.base import Aux, Method, Views
 from declip_jax.models.two_towers import TwoTowers, two_towers
 
 
-def build(config) -> Method:
+class Network(TwoTowers):
+    def __call__(self, batch, train):
+        image = self.encode_image(batch["image"], train)
+        text = self.encode_text(batch["tokens"])
+        return {
+            "image": normalise(image.embedding[:, 0]),  # [B, D]
+            "text": normalise(text.embedding[:, 0]),  # [B, D]
+        }
+
+
+def build(config, mesh) -> Method:
     towers = two_towers(config.model)
-    weights = check_weights(config.loss.weights, terms=("clip",))
-    limits = logit_scale_limits(config.loss.logit_scale_range)
+    network = Network(towers.image, towers.text)
+    encode = base.make_encode(network, config.microbatches)
+    contrast = base.contrast(config, mesh)
+    weights = base.check_weights(config.loss.weights, terms=("clip",))
+    limits = base.logit_scale_limits(config.loss.logit_scale_range)
+    views = Views(image=("weak",), text=("caption",))
 
     def loss(params, extra, batch, rng):
         del rng  # nothing here is random
-        image, extra = towers.apply(
-            {"params": params, **extra},
-            batch["image"][:, 0],  # [B, 1, H, W, 3] -> [B, H, W, 3]
-            train=True,
-            method=TwoTowers.encode_image,
-            mutable=list(extra),
-        )
-        text = towers.apply(
-            {"params": params},
-            batch["tokens"][:, 0],  # [B, 1, L] -> [B, L]
-            method=TwoTowers.encode_text,
-        )
-        image, text = normalise(image), normalise(text)  # [B, D]
+        features, extra = encode(params, extra, batch)
+        image, text = features["image"], features["text"]
+        scale = base.exp_scale(params["logit_scale"], config.loss.max_scale)
 
-        scale = jnp.exp(params["logit_scale"])
-        terms = {"clip": clip_loss(image, text, scale)}
-        total = weighted_sum(terms, weights)
-        metrics = {"loss": total, **terms, "logit_scale": scale, **retrieval_accuracy(image, text)}
-        return total, Aux(metrics, extra)
+        terms = {"clip": clip_loss(image, text, scale, info_nce=contrast.info_nce)}
+
+        total = base.weighted_sum(terms, weights)
+        accuracy = base.accuracy(contrast.own_rank(image, text))
+        return total, Aux({"loss": total, **terms, "logit_scale": scale, **accuracy}, extra)
 
     return Method(
-        views=Views(image=("weak",), text=("caption",)),
+        views=views,
         loss=loss,
-        project=lambda params: clamp_logit_scale(params, limits),
-        **two_tower_functions(towers, config.model),
+        project=lambda params: base.clamp_logit_scale(params, limits),
+        **base.network_functions(network, config, views),
     )

@@ -12,7 +12,10 @@ EPSILON = 1e-5
 
 
 class BatchNorm(nn.Module):
-    """Normalise x [B, ..., C] over all axes but the last, computed in float32.
+    """Normalise x [B * views, ..., C] over all axes but the last, computed in float32.
+
+    Each of the `views` of an example (neighbours on axis 0) has statistics of its own, as if the
+    views went through one after the other; the running statistics are updated in their order.
 
     In training the statistics are those of the batch: under jit of the whole global batch, or,
     with `group_size` > 0, of each group of that many consecutive examples, which is what
@@ -22,7 +25,8 @@ class BatchNorm(nn.Module):
     statistics, where published checkpoints hold those of the first GPU alone.
 
     Raises:
-      ValueError: in training, B is not a multiple of group_size, or a channel has a single value.
+      ValueError: in training, B is not a multiple of group_size, or a channel has a single value
+        in a group and view.
     """
 
     group_size: int = 0
@@ -30,7 +34,7 @@ class BatchNorm(nn.Module):
     scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, views: int = 1) -> jax.Array:
         shape, channels = x.shape, x.shape[-1]
         scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -38,24 +42,30 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
         x = x.astype(jnp.float32)
         if train:
-            group = self.group_size or shape[0]
-            if shape[0] % group:
+            batch = shape[0] // views
+            group = self.group_size or batch
+            if batch % group:
                 raise ValueError(
-                    f"bn_group_size={group} does not divide the batch of {shape[0]} examples: "
+                    f"bn_group_size={group} does not divide the batch of {batch} examples: "
                     "choose a divisor, or 0 for statistics over the whole batch"
                 )
-            x = x.reshape(-1, group, *shape[1:])  # [B, ..., C] -> [G, group, ..., C]
-            count = math.prod(x.shape[1:-1])
+            # [B * V, ..., C] -> [G, group, V, ..., C]
+            x = x.reshape(-1, group, views, *shape[1:])
+            axes = (1, *range(3, x.ndim - 1))
+            count = math.prod(x.shape[axis] for axis in axes)
             if count < 2:
-                raise ValueError("batch statistics need more than one value a channel, got 1")
-            axes = tuple(range(1, x.ndim - 1))
-            mean = x.mean(axes, keepdims=True)  # [G, 1, ..., C]
+                raise ValueError(
+                    "batch statistics need more than one value a channel, got 1: the batch (of "
+                    "each group, microbatch) must have at least two examples"
+                )
+            mean = x.mean(axes, keepdims=True)  # [G, 1, V, 1, ..., C]
             var = jnp.square(x - mean).mean(axes, keepdims=True)
             if not self.is_initializing():
                 unbiased = var * (count / (count - 1))
                 for running, batch in ((running_mean, mean), (running_var, unbiased)):
-                    batch = batch.reshape(-1, channels).mean(axis=0)  # [G, 1, ..., C] -> [C]
-                    running.value = (1 - MOMENTUM) * running.value + MOMENTUM * batch
+                    # [G, 1, V, 1, ..., C] -> [V, C]
+                    for of_view in batch.reshape(-1, views, channels).mean(axis=0):
+                        running.value = (1 - MOMENTUM) * running.value + MOMENTUM * of_view
         else:
             mean, var = running_mean.value, running_var.value
         x = (x - mean) * (jax.lax.rsqrt(var + EPSILON) * scale) + bias

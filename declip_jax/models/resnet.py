@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from declip_jax.models.batchnorm import BatchNorm
+from declip_jax.models.features import ImageFeatures
 from declip_jax.models.init import conv_kernel, linear_bias
 
 
@@ -25,53 +26,56 @@ class Bottleneck(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, views: int) -> jax.Array:
         conv = functools.partial(nn.Conv, use_bias=False, kernel_init=conv_kernel, dtype=self.dtype)
         norm = functools.partial(BatchNorm, self.bn_group_size, self.dtype)
         y = conv(self.width, (1, 1), name="conv1")(x)
-        y = nn.relu(norm(name="bn1")(y, train))
+        y = nn.relu(norm(name="bn1")(y, train, views))
         y = conv(self.width, (3, 3), padding=1, name="conv2")(y)
-        y = nn.relu(norm(name="bn2")(y, train))
+        y = nn.relu(norm(name="bn2")(y, train, views))
         y = conv(4 * self.width, (1, 1), name="conv3")(_pool(y, self.stride))
         # A zero gamma makes the block the identity at the start.
-        y = norm(scale_init=nn.initializers.zeros, name="bn3")(y, train)
+        y = norm(scale_init=nn.initializers.zeros, name="bn3")(y, train, views)
         if self.stride > 1 or x.shape[-1] != 4 * self.width:
             x = conv(4 * self.width, (1, 1), name="downsample_conv")(_pool(x, self.stride))
-            x = norm(name="downsample_bn")(x, train)
+            x = norm(name="downsample_bn")(x, train, views)
         return nn.relu(x + y)
 
 
 class AttentionPool(nn.Module):
-    """[B, h, w, C] -> [B, embed_dim]: attention over the cells, queried by their mean."""
+    """Cells [B, P, C] -> [B, embed_dim], [B, C]: attention over them, queried by their mean.
+
+    The second is what the last projection reads.
+    """
 
     heads: int
     embed_dim: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        batch, height, width, channels = x.shape
-        cells = height * width
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        batch, cells, channels = x.shape
         normal = nn.initializers.normal(channels**-0.5)
         dense = functools.partial(
             nn.Dense, kernel_init=normal, bias_init=linear_bias(channels), dtype=self.dtype
         )
-        x = x.reshape(batch, cells, channels)  # [B, h, w, C] -> [B, h*w, C]
         mean = x.mean(axis=1, dtype=jnp.float32, keepdims=True)
-        x = jnp.concatenate([mean, x], axis=1)  # [B, h*w + 1, C]
+        x = jnp.concatenate([mean, x], axis=1)  # [B, P + 1, C]
         x = x + self.param("positional_embedding", normal, (cells + 1, channels))
         per_head = (batch, -1, self.heads, channels // self.heads)  # [B, T, C] -> [B, T, H, C/H]
         query = dense(channels, name="q_proj")(x[:, :1]).reshape(per_head)
         key = dense(channels, name="k_proj")(x).reshape(per_head)
         value = dense(channels, name="v_proj")(x).reshape(per_head)
-        x = jax.nn.dot_product_attention(query, key, value)  # [B, 1, H, C/H]
-        return dense(self.embed_dim, name="c_proj")(x.reshape(batch, channels))
+        pooled = jax.nn.dot_product_attention(query, key, value)  # [B, 1, H, C/H]
+        pooled = pooled.reshape(batch, channels)  # [B, 1, H, C/H] -> [B, C]
+        return dense(self.embed_dim, name="c_proj")(pooled), pooled
 
 
 class ModifiedResNet(nn.Module):
-    """Images [B, resolution, resolution, 3] -> features [B, embed_dim].
+    """Images [B * views, resolution, resolution, 3], views of an example in turn -> features.
 
-    The last map has 1/32 of the resolution and 32 * width channels.
+    The last map has 1/32 of the resolution and 32 * width channels. In training, batch
+    normalisation takes the statistics of each view by itself.
 
     Raises:
       ValueError: the images are not resolution x resolution; the positions are learned for it.
@@ -85,8 +89,12 @@ class ModifiedResNet(nn.Module):
     embed_dim: int
     dtype: jnp.dtype
 
+    @property
+    def token_width(self) -> int:
+        return 32 * self.width
+
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False, views: int = 1) -> ImageFeatures:
         height, width = images.shape[1:3]
         if (height, width) != (self.resolution, self.resolution):
             raise ValueError(
@@ -108,7 +116,7 @@ class ModifiedResNet(nn.Module):
                 name=f"conv{n}",
             )(x)
             norm = BatchNorm(self.bn_group_size, self.dtype, name=f"bn{n}")
-            x = nn.relu(norm(x, train))
+            x = nn.relu(norm(x, train, views))
         x = _pool(x, 2)
         for stage, depth in enumerate(self.layers):
             for block in range(depth):
@@ -118,5 +126,7 @@ class ModifiedResNet(nn.Module):
                     bn_group_size=self.bn_group_size,
                     dtype=self.dtype,
                     name=f"layer{stage + 1}_{block}",
-                )(x, train)
-        return AttentionPool(self.heads, self.embed_dim, self.dtype, name="attnpool")(x)
+                )(x, train, views)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, h, w, C] -> [B, h*w, C]
+        attnpool = AttentionPool(self.heads, self.embed_dim, self.dtype, name="attnpool")
+        return ImageFeatures(*attnpool(x), tokens=x)

@@ -5,15 +5,23 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from declip_jax.models import transformer
+from declip_jax.models.features import TextFeatures
 from declip_jax.models.init import linear_bias
 
 
-class TextTransformer(nn.Module):
-    """Tokens int32 [B, L], L <= context -> features [B, embed_dim].
+def real_tokens(tokens: jax.Array, eot_id: int) -> jax.Array:
+    """True up to and with the first `eot_id` of each row [..., L], and everywhere without one."""
+    is_eot = tokens == eot_id
+    return jnp.cumsum(is_eot, axis=-1) - is_eot == 0
 
-    The feature is read at the first `eot_id` of a row, or at its last position when there is
-    none. The attention is causal, so what follows that position (padding) does not matter, and
-    batches may be cut to their longest caption.
+
+class TextTransformer(nn.Module):
+    """Tokens int32 [B, L] -> features, the embedding read at the end of the text.
+
+    That is the first `eot_id` of a row, or its last position when there is none. The attention is
+    causal, so what follows (padding) does not matter, and batches may be cut to their longest
+    caption. L may exceed an odd context by one column of padding, which has no position of its
+    own: some attention kernels want even lengths.
 
     Raises:
       ValueError: more tokens than learned positions.
@@ -31,11 +39,13 @@ class TextTransformer(nn.Module):
     dtype: jnp.dtype
     scan: bool
     remat: str
+    attention: str
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array) -> TextFeatures:
         length = tokens.shape[1]
-        if length > self.context:
+        padding = max(length - self.context, 0)
+        if padding > self.context % 2:
             raise ValueError(
                 f"captions have {length} tokens, but model.text.context={self.context}: "
                 "cut the captions or raise the context"
@@ -45,7 +55,8 @@ class TextTransformer(nn.Module):
         x = nn.Embed(
             self.vocab_size, self.width, embedding_init=normal(0.02), name="token_embedding"
         )(tokens)
-        x = (x + positions[:length]).astype(self.dtype)  # [B, L, width]
+        positions = jnp.pad(positions[:length], ((0, padding), (0, 0)))  # [L, width]
+        x = (x + positions).astype(self.dtype)  # [B, L, width]
         x, _ = transformer.blocks(
             layers=self.layers,
             width=self.width,
@@ -55,17 +66,20 @@ class TextTransformer(nn.Module):
             dtype=self.dtype,
             scan=self.scan,
             remat=self.remat,
+            attention=self.attention,
             name="blocks",
         )(x)
-        x = transformer.LayerNorm(name="ln_final")(x)
-        is_eot = tokens == self.eot_id  # [B, L]
-        end = jnp.where(is_eot.any(axis=1), is_eot.argmax(axis=1), length - 1)  # [B]
-        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]  # [B, L, width] -> [B, width]
-        return nn.Dense(
+        words = transformer.LayerNorm(name="ln_final")(x)
+        end = real_tokens(tokens, self.eot_id).sum(axis=1) - 1  # [B]
+        last = jnp.take_along_axis(
+            words, end[:, None, None], axis=1
+        )  # [B, L, width] -> [B, 1, width]
+        embedding = nn.Dense(
             self.embed_dim,
             use_bias=self.proj_bias,
             kernel_init=normal(self.width**-0.5),
             bias_init=linear_bias(self.width),
             dtype=self.dtype,
             name="proj",
-        )(x)
+        )(last[:, 0])
+        return TextFeatures(embedding, words)

@@ -25,6 +25,9 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+# Implementations of jax.nn.dot_product_attention.
+ATTENTION = ("xla", "cudnn")
+
 LayerNorm = functools.partial(
     nn.LayerNorm, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False
 )
@@ -37,6 +40,7 @@ class Attention(nn.Module):
     causal: bool
     out_std: float
     dtype: jnp.dtype
+    implementation: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -47,11 +51,31 @@ class Attention(nn.Module):
         )(x)
         qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)  # [B, T, 3, H, w/H]
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        x = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+        x = _attend(query, key, value, self.causal, self.implementation)
         x = x.reshape(batch, length, width)  # [B, T, H, w/H] -> [B, T, w]
         return nn.Dense(width, dtype=self.dtype, kernel_init=normal(self.out_std), name="out_proj")(
             x
         )
+
+
+def _attend(query, key, value, causal: bool, implementation: str) -> jax.Array:
+    """[B, T, H, w/H] three times -> [B, T, H, w/H]."""
+    batch, length = query.shape[:2]
+    lengths = None
+    odd = implementation == "cudnn" and length % 2
+    if odd:  # cuDNN's backward pass takes even lengths only
+        padding = ((0, 0), (0, 1), (0, 0), (0, 0))
+        query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
+        lengths = jnp.full((batch,), length, jnp.int32)
+    x = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=causal,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    return x[:, :length] if odd else x
 
 
 class Mlp(nn.Module):
@@ -90,10 +114,13 @@ class Block(nn.Module):
     out_std: float
     activation: str
     dtype: jnp.dtype
+    implementation: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
-        attention = Attention(self.heads, self.causal, self.out_std, self.dtype, name="attn")
+        attention = Attention(
+            self.heads, self.causal, self.out_std, self.dtype, self.implementation, name="attn"
+        )
         x = x + attention(LayerNorm(name="ln_1")(x))
         mlp = Mlp(self.activation, self.out_std, self.dtype, name="mlp")
         x = x + mlp(LayerNorm(name="ln_2")(x))
@@ -110,6 +137,7 @@ def blocks(
     dtype: jnp.dtype,
     scan: bool,
     remat: str,
+    attention: str,
     name: str,
 ) -> nn.Module:
     """A stack of `layers` blocks; called with x [B, T, width] it returns (x, None).
@@ -121,6 +149,7 @@ def blocks(
     Args:
       activation: a key of ACTIVATIONS.
       remat: a key of REMAT, what the backward pass recomputes.
+      attention: one of ATTENTION.
     """
     block = Block
     if remat != "none":
@@ -135,4 +164,4 @@ def blocks(
     )
     # The residual branches' last layers shrink with depth, to keep the stream's variance.
     out_std = width**-0.5 * (2 * layers) ** -0.5
-    return stack(heads, causal, out_std, activation, dtype, name=name)
+    return stack(heads, causal, out_std, activation, dtype, attention, name=name)

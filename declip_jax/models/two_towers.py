@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from declip_jax.models.features import ImageFeatures, TextFeatures
 from declip_jax.models.resnet import ModifiedResNet
 from declip_jax.models.text import TextTransformer
-from declip_jax.models.transformer import ACTIVATIONS, REMAT
+from declip_jax.models.transformer import ACTIVATIONS, ATTENTION, REMAT
 from declip_jax.models.vit import VisionTransformer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -20,7 +21,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 class TwoTowers(nn.Module):
     """Variables: "params" (float32: image/..., text/..., logit_scale) and, of the ResNet,
-    "batch_stats". Features are float32, whatever the towers compute in, and not normalised."""
+    "batch_stats". Embeddings are float32, whatever the towers compute in, and not normalised."""
 
     image: nn.Module
     text: nn.Module
@@ -28,24 +29,32 @@ class TwoTowers(nn.Module):
     def setup(self) -> None:
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(0.07)), ())
 
-    def encode_image(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Images float [B, H, W, 3], normalised as in training -> float32 [B, D].
+    def encode_image(self, images: jax.Array, train: bool = False) -> ImageFeatures:
+        """Images float [B, V, H, W, 3], normalised as in training -> features [B, V, ...].
 
-        With train=True batch normalisation uses the batch's statistics and updates the running
-        ones: apply with mutable=["batch_stats"].
+        All views go through in one pass. With train=True batch normalisation uses the batch's
+        statistics, of each view by itself, and updates the running ones: apply with
+        mutable=["batch_stats"].
         """
-        return self.image(images, train).astype(jnp.float32)
+        batch, views = images.shape[:2]
+        # [B, V, H, W, 3] -> [B * V, H, W, 3], so that the batch stays divided over the devices
+        images = images.reshape(batch * views, *images.shape[2:])
+        features = self.image(images, train, views)
+        features = features._replace(embedding=features.embedding.astype(jnp.float32))
+        # [B * V, ...] -> [B, V, ...]
+        return jax.tree.map(lambda x: x.reshape(batch, views, *x.shape[1:]), features)
 
-    def encode_text(self, tokens: jax.Array) -> jax.Array:
-        """Tokens int32 [B, L] -> float32 [B, D]."""
-        return self.text(tokens).astype(jnp.float32)
-
-    def __call__(self, images: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.encode_image(images), self.encode_text(tokens)
+    def encode_text(self, tokens: jax.Array) -> TextFeatures:
+        """Tokens int32 [B, T, L] -> features [B, T, ...]."""
+        batch, views, length = tokens.shape
+        features = self.text(tokens.reshape(batch * views, length))  # [B, T, L] -> [B * T, L]
+        features = features._replace(embedding=features.embedding.astype(jnp.float32))
+        # [B * T, ...] -> [B, T, ...]
+        return jax.tree.map(lambda x: x.reshape(batch, views, *x.shape[1:]), features)
 
 
 def two_towers(config: Any) -> TwoTowers:
-    """The model that the `model` section of a config describes.
+    """The towers that the `model` section of a config describes.
 
     Raises:
       ValueError: naming the field, its value and what was expected.
@@ -63,12 +72,17 @@ def two_towers(config: Any) -> TwoTowers:
 
     lookup("activation", ACTIVATIONS)
     lookup("remat", REMAT)
+    check(config.attention in ATTENTION, "attention", "one of " + ", ".join(map(repr, ATTENTION)))
+    if config.attention == "cudnn":
+        check(jax.default_backend() == "gpu", "attention", "'xla' where there is no NVIDIA GPU")
+        check(config.dtype == "bfloat16", "attention", "'xla' unless model.dtype='bfloat16'")
     shared = dict(
         embed_dim=config.embed_dim,
         activation=config.activation,
         dtype=lookup("dtype", DTYPES),
         scan=config.scan,
         remat=config.remat,
+        attention=config.attention,
     )
 
     def build(tower: type[nn.Module], section: str) -> nn.Module:
@@ -108,4 +122,6 @@ def two_towers(config: Any) -> TwoTowers:
     )
     known = 0 <= text.eot_id < text.vocab_size
     check(known, "text.eot_id", f"an id below model.text.vocab_size={text.vocab_size}")
+    for name in config.heads:
+        check(config.heads[name] >= 1, f"heads.{name}", "at least 1")
     return TwoTowers(image, text)

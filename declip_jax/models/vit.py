@@ -5,11 +5,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from declip_jax.models import transformer
+from declip_jax.models.features import ImageFeatures
 from declip_jax.models.init import conv_kernel
 
 
 class VisionTransformer(nn.Module):
-    """Images [B, resolution, resolution, 3] -> features [B, embed_dim], read at the class token.
+    """Images [B, resolution, resolution, 3] -> features, the pooled one read at the class token.
 
     Raises:
       ValueError: the images are not resolution x resolution; the positions are learned for it.
@@ -25,10 +26,15 @@ class VisionTransformer(nn.Module):
     dtype: jnp.dtype
     scan: bool
     remat: str
+    attention: str
+
+    @property
+    def token_width(self) -> int:
+        return self.width
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        del train  # no dropout, no running statistics
+    def __call__(self, images: jax.Array, train: bool = False, views: int = 1) -> ImageFeatures:
+        del train, views  # no dropout, no running statistics
         batch, height, width, _ = images.shape
         if (height, width) != (self.resolution, self.resolution):
             raise ValueError(
@@ -61,9 +67,11 @@ class VisionTransformer(nn.Module):
             dtype=self.dtype,
             scan=self.scan,
             remat=self.remat,
+            attention=self.attention,
             name="blocks",
         )(x)
-        x = transformer.LayerNorm(name="ln_post")(x[:, 0])  # [B, width]
-        return nn.Dense(
+        pooled = transformer.LayerNorm(name="ln_post")(x[:, 0])  # [B, width]
+        embedding = nn.Dense(
             self.embed_dim, use_bias=False, kernel_init=normal, dtype=self.dtype, name="proj"
-        )(x)
+        )(pooled)
+        return ImageFeatures(embedding, pooled, tokens=x[:, 1:])

@@ -8,10 +8,13 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # (pattern, layout): the first pattern found in a leaf's path decides. "fsdp" divides the longest
-# dimension that the axis divides evenly; leaves with none are replicated.
+# dimension that the axis divides evenly; leaves with none are replicated. "rows" divides the first
+# dimension over all devices.
 SHARDING_RULES = (
-    (r"(^|/)(step|rng|count|logit_scale)$", "replicated"),
-    (r"/batch_stats/", "replicated"),
+    (r"(^|/)(step|rng|count|logit_scale(_dense)?)$", "replicated"),
+    (r"/(batch_stats|running_means)/", "replicated"),
+    (r"/support_set/rows$", "rows"),
+    (r"/support_set/(pointer|filled)$", "replicated"),
     (r"(bias|scale)$", "replicated"),
     (r"(kernel|embedding)$", "fsdp"),
 )
@@ -56,6 +59,8 @@ def shardings(tree: Any, mesh: Mesh, rules=SHARDING_RULES) -> Any:
     """NamedShardings for a pytree of arrays or ShapeDtypeStructs, by `rules`."""
 
     def place(layout, leaf):
+        if layout == "rows":
+            return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         spec = [None] * len(leaf.shape)
         size = mesh.shape["fsdp"]
         if layout == "fsdp" and size > 1:

@@ -1,0 +1,142 @@
+"""The methods against each other at one small budget: same towers, same pairs seen, same optimiser.
+
+  python benchmarks/compare_methods.py --out benchmarks/results/compare_methods_scenes.json
+  python benchmarks/compare_methods.py --data data/cifar10 \\
+      --out benchmarks/results/compare_methods_cifar10.json
+
+Every method trains on the quickstart's scenes, or a prepared set with classes and synthetic captions,
+with the quickstart's towers. Its loss weights are those of its published configuration, but that
+FILIP's global term has weight 1: the scores are those of the global embeddings, which its published
+weights leave as they were drawn. What differs is what the method is: its views and its loss. The table gives mean and spread over seeds of the scores after
+the last step. Finished runs are kept in --workdir and not repeated.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # configs are not installed
+from configs import (  # noqa: E402
+    alip_vit_b32_yfcc15m,
+    clip_vit_b32_yfcc15m,
+    declip_vit_b32_yfcc15m,
+    defilip_vit_b32_yfcc15m,
+    filip_vit_b32_yfcc15m,
+    quickstart,
+    slip_vit_b32_yfcc15m,
+)
+from declip_jax.metrics import read_metrics  # noqa: E402
+from declip_jax.train import train  # noqa: E402
+
+PUBLISHED = {
+    "clip": clip_vit_b32_yfcc15m,
+    "slip": slip_vit_b32_yfcc15m,
+    "filip": filip_vit_b32_yfcc15m,
+    "declip": declip_vit_b32_yfcc15m,
+    "defilip": defilip_vit_b32_yfcc15m,
+    "alip": alip_vit_b32_yfcc15m,
+}
+SCORES = {
+    "zero-shot top-1": "val/zeroshot/top1",
+    "image → text R@1": "val/retrieval/image_to_text_r1",
+    "text → image R@1": "val/retrieval/text_to_image_r1",
+}
+
+
+def config_of(method: str, seed: int, args) -> ml_collections.ConfigDict:
+    published = PUBLISHED[method].get_config()
+    config = quickstart.get_config().unlock()
+    config.method = method
+    config.seed = seed
+    config.batch_size = args.batch_size
+    config.total_steps = args.steps
+    config.loss.weights = published.loss.weights
+    config.loss.max_scale = published.loss.max_scale
+    if method == "filip":
+        config.loss.weights.clip = 1.0
+    config.loss.adaptive = published.loss.adaptive
+    config.loss.support_set.size = args.support_set
+    config.model.heads.update(projector=128, predictor=64, simclr_hidden=256, simclr=64, dense=64)
+    config.optim.peak_lr = args.peak_lr
+    # Colour is what captions tell: no grey, no turn of the hue, in any view.
+    config.views.strong.update(
+        crop_scale=(0.8, 1.0), jitter=(0.2, 0.2, 0.2, 0.0), jitter_prob=0.8, grey_prob=0.0
+    )
+    config.views.strong.update(flip=0.0, blur_prob=0.0)
+    config.eval.every = args.steps
+    config.checkpoint.update(every=args.steps, best_metric="")
+    if args.data:
+        config.data.source = args.data
+        config.views.weak.update(crop_scale=(0.6, 1.0), flip=0.5)
+        config.views.strong.update(crop_scale=(0.4, 1.0), flip=0.5)
+        config.eval.zeroshot.update(source=args.data, split="test")
+        config.eval.zeroshot.templates = ("a photo of a {}.",)
+        config.eval.retrieval.source = ""
+    return config.lock()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--peak-lr", type=float, default=4e-3)
+    parser.add_argument("--support-set", type=int, default=4096, help="rows")
+    parser.add_argument("--data", default="", help="prepared set with classes; default: scenes")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/compare_methods"))
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    args = parser.parse_args()
+
+    name = Path(args.data).name or "scenes"
+    runs = {}
+    for seed in range(args.seeds):  # a whole round of methods before the next seed
+        for method in args.methods:
+            workdir = args.workdir / f"{name}_{args.steps}x{args.batch_size}" / f"{method}_{seed}"
+            started = time.perf_counter()
+            train(config_of(method, seed, args), workdir)
+            print(f"{method} seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+            last = read_metrics(workdir / "metrics.jsonl")[-1]
+            runs.setdefault(method, []).append(
+                {key: last[metric] for key, metric in SCORES.items() if metric in last}
+            )
+            jax.clear_caches()
+
+    scores = list(next(iter(runs.values()))[0])
+    pairs = args.steps * args.batch_size
+    print(f"\n{name}: {pairs:,} pairs seen, {args.seeds} seeds, mean ± standard deviation, %")
+    print(f"{'method':<10}" + "".join(f"{score:>22}" for score in scores))
+    for method, results in runs.items():
+        cells = []
+        for score in scores:
+            values = [100 * result[score] for result in results]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):6.1f} ± {spread:4.1f}")
+        print(f"{method:<10}" + "".join(f"{cell:>22}" for cell in cells))
+    if args.out:
+        result = {
+            "data": name,
+            "steps": args.steps,
+            "batch_size": args.batch_size,
+            "peak_lr": args.peak_lr,
+            "host": f"{os.cpu_count()} cores, {platform.machine()}, "
+            f"Python {platform.python_version()}, jax {jax.__version__}",
+            "runs": runs,
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+        args.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

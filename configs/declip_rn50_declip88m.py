@@ -1,0 +1,31 @@
+"""DeCLIP RN50 on its 88 million pairs, with SGD.
+
+Prepare the data first, docs/data.md: `python -m declip_jax.prepare jsonl --output data/declip88m …`
+and, for the augmented captions, `… prepare synonyms --output data/synonyms.json.gz …`.
+
+The published files leave batch and steps open; YFCC15M's stand here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = common.get_config().unlock()
+    config.method = "declip"
+    common.set_variant(config, "RN50")
+    config.loss.weights = {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn_text": 0.2}
+    config.loss.max_scale = 100.0
+    config.loss.logit_scale_range = (3.0, 80.0)  # no upper limit, but exp stays finite
+    config.data.source = "data/declip88m"
+    config.data.workers = 8
+    config.data.synonyms = "data/synonyms.json.gz"
+    config.optim.name = "sgd"
+    config.optim.peak_lr = 0.2
+    config.optim.warmup_lr = 1e-3
+    config.optim.weight_decay = 1e-4
+    config.optim.decay_rules = (("", True),)  # norms, biases and the logit scale too
+    # The published rate of the logit scale starts at 1e-4 where the others' starts at 1e-3.
+    config.optim.lr_rules = ((r"^logit_scale$", 0.1), ("", 1.0))
+    return common.finish(config, arg)

@@ -1,0 +1,21 @@
+"""FILIP ViT-B/32 on YFCC15M as DeCLIP trains it: 32 GPUs × 128 pairs, 128,000 steps.
+
+Prepare the data first: `python -m declip_jax.prepare jsonl --output data/yfcc15m …`, docs/data.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = common.get_config().unlock()
+    config.method = "filip"
+    config.model.embed_dim = 768  # of the global features, which only the metrics see
+    config.loss.weights = {"clip": 0.0, "filip": 1.0}  # the global term is a metric
+    config.data.source = "data/yfcc15m"
+    config.data.workers = 8
+    config.optim.peak_lr = 5e-4
+    config.optim.weight_decay = 0.5
+    config.optim.frozen = (r"^image/patch_embed/",)  # the patch convolution stays as drawn
+    return common.finish(config, arg)

@@ -1,0 +1,171 @@
+"""What is drawn for a caption: tokens to mask and predict, and easy data augmentation (EDA)."""
+
+import functools
+import gzip
+import json
+import string
+import zlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from declip_jax.data.raw import InputError
+from declip_jax.data.tokenizer import EOT, MASK, SOT, clean
+
+EDA = ("synonym", "swap", "delete")
+DELETED = 0.1  # of the words, by "delete"
+
+# Words of grammar. WordNet takes many for something else ("in": inch, "may": whitethorn).
+STOP_WORDS = frozenset(
+    "a about above across after against all along also am among an and another any are around as "
+    "at be because been before behind being below beneath beside between both but by can could did "
+    "do does down during each either every few for from had has have he her here hers him his how "
+    "i if in inside into is it its just many may me might more most must my near neither next no "
+    "nor not of off on onto or other our out outside over own shall she should since so some such "
+    "than that the their them then there these they this those through to too toward towards under "
+    "until up upon us very was we were what when where which while who whom whose why will with "
+    "within without would you your".split()
+)
+
+
+def mask_tokens(
+    tokens: np.ndarray, rate: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hides tokens of a caption for masked language modelling (Devlin et al., arXiv:1810.04805).
+
+    Each token between SOT and EOT is chosen with probability `rate`. Of the chosen ones 80 % become
+    MASK, 10 % a random ordinary id, and 10 % stay.
+
+    Args:
+      tokens: int32 [L], as `tokenize` gives them.
+      rate: 0 … 1.
+      rng: source of all randomness.
+
+    Returns:
+      The masked tokens, int32 [L], and the labels, int32 [L]: the true id where a token was chosen,
+      -1 elsewhere.
+    """
+    count = int((tokens == EOT).argmax()) - 1  # between SOT and EOT
+    chosen = 1 + np.flatnonzero(rng.random(count) < rate)
+    labels = np.full_like(tokens, -1)
+    labels[chosen] = tokens[chosen]
+    fate = rng.random(len(chosen))
+    replacement = np.where(fate < 0.8, MASK, rng.integers(SOT, size=len(chosen)))
+    masked = tokens.copy()
+    masked[chosen] = np.where(fate < 0.9, replacement, tokens[chosen])
+    return masked, labels
+
+
+def augment(
+    caption: str,
+    operations: Sequence[str],
+    synonyms: Mapping[str, Sequence[str]],
+    rng: np.random.Generator,
+) -> str:
+    """One operation of EDA, drawn evenly (Wei and Zou, https://arxiv.org/abs/1901.11196).
+
+    "synonym" replaces one word that is not a stop word by one of its synonyms; "swap" exchanges two
+    words; "delete" drops each word with probability DELETED, but never all. A caption without a
+    word to replace, or of a single word, may come through as it is.
+
+    Args:
+      caption: a text, which is cleaned as for the tokeniser.
+      operations: some of EDA.
+      synonyms: see `load_synonyms`; only for "synonym".
+      rng: source of all randomness.
+    """
+    words = clean(caption).split()
+    operation = operations[rng.integers(len(operations))]
+    if operation == "synonym":
+        bare = [word.strip(string.punctuation) for word in words]
+        places = [i for i, word in enumerate(bare) if word in synonyms and word not in STOP_WORDS]
+        if places:
+            place = places[rng.integers(len(places))]
+            choices = synonyms[bare[place]]
+            synonym = choices[rng.integers(len(choices))]
+            words[place] = words[place].replace(bare[place], synonym)  # punctuation stays
+    elif len(words) > 1 and operation == "swap":
+        i = rng.integers(len(words))
+        j = (i + 1 + rng.integers(len(words) - 1)) % len(words)
+        words[i], words[j] = words[j], words[i]
+    elif len(words) > 1 and operation == "delete":
+        kept = rng.random(len(words)) >= DELETED
+        if not kept.any():
+            kept[rng.integers(len(words))] = True
+        words = [word for word, keep in zip(words, kept, strict=True) if keep]
+    return " ".join(words)
+
+
+def check_eda(operations: Sequence[str], synonyms: str) -> None:
+    """Raises ValueError unless `augment` can do these operations with this file of synonyms."""
+    if not operations or not set(operations) <= set(EDA):
+        raise ValueError(
+            f"config.data.eda={tuple(operations)} must name one or more of {', '.join(EDA)}."
+        )
+    if "synonym" in operations:
+        load_synonyms(synonyms)
+
+
+@functools.cache
+def load_synonyms(path: str) -> dict[str, list[str]]:
+    """{word: its synonyms}, as `prepare synonyms` wrote it; read once in each process.
+
+    Raises:
+      ValueError: no such file, or not one of synonyms.
+    """
+    try:
+        with gzip.open(path) as file:
+            synonyms = json.load(file)
+        if not isinstance(synonyms, dict) or not all(
+            isinstance(words, list) and words and all(isinstance(word, str) for word in words)
+            for words in synonyms.values()
+        ):
+            raise ValueError("not an object of lists of words")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(
+            f"config.data.synonyms={path!r} cannot be read ({error}), and 'synonym' in "
+            "config.data.eda needs it. Write it with python -m declip_jax.prepare synonyms, or do "
+            "without: config.data.eda=('swap','delete')."
+        ) from error
+    return synonyms
+
+
+def read_wordnet(folder: str) -> dict[str, list[str]]:
+    """{word: its synonyms}, both sorted, from WordNet's data files; their format is wndb(5WN).
+
+    Words share a set of synonyms in any of their meanings. Only single words in lower case are
+    taken: names are capitalised in WordNet, and would make Taiwan a synonym of china.
+
+    Raises:
+      InputError: a file is not there or is something else.
+    """
+    synonyms: dict[str, set[str]] = defaultdict(set)
+    for part in ("noun", "verb", "adj", "adv"):
+        path = Path(folder) / f"data.{part}"
+        try:
+            lines = path.read_text("utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise InputError(
+                f"--wordnet {folder}: {error}; expected WordNet's data.noun, data.verb, data.adj "
+                "and data.adv, as in Debian's package wordnet-base"
+            ) from None
+        for number, line in enumerate(lines, start=1):
+            if line.startswith("  "):  # the licence
+                continue
+            try:
+                # offset, lexicographer file, type, number of words (hexadecimal), then each word
+                # with its sense number, and what does not matter here
+                fields = line.split(" ")
+                words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+            except (IndexError, ValueError):
+                raise InputError(
+                    f"--wordnet {folder}: line {number} of {path} is not WordNet's: {line[:80]!r}"
+                ) from None
+            # Adjectives may end in a marker of their place, such as "(p)".
+            words = {word.partition("(")[0] for word in words}
+            words = {word for word in words if "_" not in word and word.islower()}
+            for word in words:
+                synonyms[word] |= words - {word}
+    return {word: sorted(others) for word, others in sorted(synonyms.items()) if others}

@@ -1,0 +1,71 @@
+"""ALIP: Yang et al., Adaptive Language-Image Pre-training with Synthetic Caption,
+https://arxiv.org/abs/2308.08428."""
+
+from declip_jax.losses import adaptive
+from declip_jax.losses.contrastive import clip_loss, normalise
+from declip_jax.methods import base
+from declip_jax.methods.base import Aux, Method, Views
+from declip_jax.models.two_towers import TwoTowers, two_towers
+
+
+class Network(TwoTowers):
+    def __call__(self, batch, train):
+        image = self.encode_image(batch["image"], train)
+        text = self.encode_text(batch["tokens"])
+        return {
+            "image": normalise(image.embedding[:, 0]),  # [B, D]
+            "text": normalise(text.embedding),  # [B, 2, D]: raw, synthetic
+        }
+
+
+def build(config, mesh) -> Method:
+    towers = two_towers(config.model)
+    network = Network(towers.image, towers.text)
+    encode = base.make_encode(network, config.microbatches)
+    contrast = base.contrast(config, mesh)
+    weights = base.check_weights(config.loss.weights, terms=("raw", "synthetic"))
+    limits = base.logit_scale_limits(config.loss.logit_scale_range)
+    momentum, gamma = config.loss.adaptive.momentum, config.loss.adaptive.gamma
+    if not 0 <= momentum < 1:
+        raise ValueError(f"config.loss.adaptive.momentum={momentum} must lie in 0 … 1.")
+    views = Views(image=("weak",), text=("caption", "synthetic"))
+    functions = base.network_functions(network, config, views)
+
+    def init(rng):
+        params, extra = functions["init"](rng)
+        return params, {**extra, "running_means": adaptive.initial_means()}
+
+    def loss(params, extra, batch, rng):
+        del rng
+        features, extra = encode(params, extra, batch)
+        image, raw, synthetic = features["image"], features["text"][:, 0], features["text"][:, 1]
+        scale = base.exp_scale(params["logit_scale"], config.loss.max_scale)
+        gates, means = adaptive.gates(
+            image, raw, synthetic, extra["running_means"], momentum, gamma
+        )
+
+        terms = {
+            "raw": clip_loss(image, raw, scale, gates.sample * gates.raw, contrast.info_nce),
+            "synthetic": clip_loss(
+                image, synthetic, scale, gates.sample * gates.synthetic, contrast.info_nce
+            ),
+        }
+
+        total = base.weighted_sum(terms, weights)
+        metrics = {
+            "loss": total,
+            **terms,
+            "logit_scale": scale,
+            "sample_weight": gates.sample.mean(),
+            "raw_weight": gates.raw.mean(),
+            "synthetic_weight": gates.synthetic.mean(),
+            **base.accuracy(contrast.own_rank(image, raw)),
+        }
+        return total, Aux(metrics, {**extra, "running_means": means})
+
+    return Method(
+        views=views,
+        loss=loss,
+        project=lambda params: base.clamp_logit_scale(params, limits),
+        **{**functions, "init": init},
+    )
