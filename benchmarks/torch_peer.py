@@ -1,8 +1,8 @@
 """The CLIP that benchmarks/step.py is compared with: the same model and training step in PyTorch.
 
 A vision transformer and a text transformer in plain torch, `scaled_dot_product_attention`,
-`torch.compile`, fused AdamW; on a GPU bfloat16 autocast, on a CPU float32. Parameter names are those
-of the published DeCLIP code, so a state dict of `declip_jax.interop.declip` loads as it is.
+`torch.compile`, fused AdamW; bfloat16 under autocast, or float32. Parameter names are OpenAI's, so
+that a state dict of `declip_jax.interop.openai` loads as it is.
 
 step.py starts this file as a process of its own, so that neither framework's memory pool or threads
 stand in the other's way, and asks it for rounds in turn with its own: a line with a number of steps
@@ -89,33 +89,28 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
-class TextTransformer(nn.Module):
-    def __init__(self, vocab_size, context, width, layers, heads, embed_dim, proj_bias, eot_id):
-        super().__init__()
-        self.eot_id = eot_id
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.empty(context, width))
-        self.transformer = Transformer(width, layers, heads, causal=True)
-        self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Linear(width, embed_dim, bias=proj_bias)
-
-    def forward(self, tokens):
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        x = self.ln_final(self.transformer(x))
-        end = (tokens == self.eot_id).int().argmax(dim=1)
-        return self.text_projection(x[torch.arange(len(x), device=x.device), end])
-
-
 class Clip(nn.Module):
     """uint8 images [B, H, W, 3] and tokens [B, L] -> the contrastive loss, a scalar."""
 
-    def __init__(self, image: dict, text: dict, embed_dim: int, mean, std):
+    def __init__(self, spec: dict):
         super().__init__()
-        self.visual = VisionTransformer(**image, embed_dim=embed_dim)
-        self.encode_text = TextTransformer(**text, embed_dim=embed_dim)
-        self.logit_scale = nn.Parameter(torch.empty(1))
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
+        text, embed_dim = spec["text"], spec["embed_dim"]
+        self.eot_id = text["eot_id"]
+        self.visual = VisionTransformer(**spec["image"], embed_dim=embed_dim)
+        self.token_embedding = nn.Embedding(text["vocab_size"], text["width"])
+        self.positional_embedding = nn.Parameter(torch.empty(text["context"], text["width"]))
+        self.transformer = Transformer(text["width"], text["layers"], text["heads"], causal=True)
+        self.ln_final = nn.LayerNorm(text["width"])
+        self.text_projection = nn.Parameter(torch.empty(text["width"], embed_dim))
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(spec[name]), persistent=False)
+
+    def encode_text(self, tokens):
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        x = self.ln_final(self.transformer(x))  # [B, L, width]
+        end = (tokens == self.eot_id).int().argmax(dim=1)
+        return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
 
     def forward(self, images, tokens):
         images = (images.float() / 255 - self.mean) / self.std
@@ -128,79 +123,80 @@ class Clip(nn.Module):
 
 
 class Step:
-    """A compiled training step: AdamW, the clamp of the logit scale."""
+    """A compiled training step on one batch: AdamW, and the clamp of the logit scale."""
 
-    def __init__(self, model: Clip, images, tokens, optim: dict, limits, dtype: str):
-        self.batch, self.limits = (images, tokens), limits
-        self.model = model
-        self.device = images.device
-        self.autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=dtype == "bfloat16"
+    def __init__(self, spec: dict, inputs, device: torch.device):
+        self.model = Clip(spec)
+        names = [name for name in inputs.files if name.startswith("param/")]
+        parameters = {name.removeprefix("param/"): torch.from_numpy(inputs[name]) for name in names}
+        self.model.load_state_dict(parameters)
+        self.model.to(device)
+        self.batch = (
+            torch.from_numpy(inputs["image"]).to(device),
+            torch.from_numpy(inputs["tokens"]).long().to(device),
         )
-        self.loss = torch.compile(model)
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": optim.pop("weight_decay")},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, fused=True, **optim)
+        self.limits = spec["logit_scale_range"]
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"
+        )
+        self.loss = torch.compile(self.model)
+        decays = {True: [], False: []}
+        for name, parameter in self.model.named_parameters():
+            norm = ".ln_" in f".{name}" or name == "logit_scale"
+            decays[not (norm or name.endswith("bias"))].append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decays[True], "weight_decay": spec["weight_decay"]},
+                {"params": decays[False], "weight_decay": 0.0},
+            ],
+            lr=spec["lr"],
+            betas=spec["betas"],
+            eps=spec["eps"],
+            fused=True,
+        )
 
     def __call__(self) -> torch.Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
         with self.autocast:
             loss = self.loss(*self.batch)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(*self.limits)
         return loss.detach()
 
-    def synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
 
 def main() -> None:
-    """Reads the folder named on the command line, reports the first losses, then serves rounds."""
-    inputs = np.load(sys.argv[1])
-    spec = json.loads(bytes(inputs["spec"]))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Clip(spec["image"], spec["text"], spec["embed_dim"], spec["mean"], spec["std"])
-    parameters = {
-        name.removeprefix("param/"): torch.from_numpy(inputs[name])
-        for name in inputs.files
-        if name.startswith("param/")
-    }
-    model.load_state_dict(parameters)
-    model.to(device)
-    images = torch.from_numpy(inputs["images"]).to(device)
-    tokens = torch.from_numpy(inputs["tokens"]).long().to(device)
-    step = Step(model, images, tokens, spec["optim"], spec["limits"], spec["dtype"])
+    """Reads the file that step.py wrote, answers with the first losses, then serves rounds."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    with np.load(sys.argv[1]) as inputs:
+        spec = json.loads(bytes(inputs["spec"]))
+        step = Step(spec, inputs, device)
 
     start = time.perf_counter()
     losses = [step().item()]
     compile_seconds = time.perf_counter() - start
-    squares = [p.grad.square().sum() for p in model.parameters()]
+    squares = [p.grad.square().sum() for p in step.model.parameters()]
     grad_norm = torch.stack(squares).sum().sqrt().item()
-    losses += [step().item() for _ in range(spec["check_steps"] - 1)]
-    reply = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    losses += [step().item() for _ in range(spec["check_steps"])]
+    answer = {
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "compile_seconds": round(compile_seconds, 1),
         "losses": losses,
         "grad_norm": grad_norm,
-        "compile_seconds": compile_seconds,
     }
-    print(json.dumps(reply), flush=True)
+    print(json.dumps(answer), flush=True)
     for line in sys.stdin:
-        step.synchronise()
+        steps = int(line)
         start = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        step.synchronise()
-        seconds = (time.perf_counter() - start) / int(line)
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
+        for _ in range(steps):
+            loss = step()
+        loss.item()  # waits for the device
+        seconds = (time.perf_counter() - start) / steps
+        peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None
+        print(json.dumps({"seconds": seconds, "peak_gib": peak}), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ the configuration can be set: --config.views.strong.blur_prob=1.
 """
 
 import contextlib
+import functools
 import itertools
 import sys
 import textwrap
@@ -132,15 +133,19 @@ def read_texts(batch: dict[str, np.ndarray], row: int, names: tuple[str, ...]) -
 
 def detokenise(tokens) -> str:
     """Text of ids between SOT and EOT, "[mask]" for MASK; words and marks stand apart."""
-    tokenizer = instant_clip_tokenizer.Tokenizer()
     # Runs, not single ids: one letter can take several.
     return "".join(
-        "[mask] " * len(run) if run[0] == MASK else tokenizer.decode(run)
+        "[mask] " * len(run) if run[0] == MASK else _tokenizer().decode(run)
         for run in (
             [int(token) for token in run]
             for _, run in itertools.groupby(tokens, key=lambda token: token == MASK)
         )
     ).strip()
+
+
+@functools.cache
+def _tokenizer() -> instant_clip_tokenizer.Tokenizer:
+    return instant_clip_tokenizer.Tokenizer()  # takes a moment to build
 
 
 def draw_page(samples: list[Sample], titles: list[str], out: str) -> None:
