@@ -64,6 +64,7 @@ def config_of(method: str, seed: int, args) -> ml_collections.ConfigDict:
         config.loss.weights.clip = 1.0
     config.loss.adaptive = published.loss.adaptive
     config.loss.support_set.size = args.support_set
+    config.data.eda = ("swap", "delete")  # synonyms would need a file
     config.model.heads.update(projector=128, predictor=64, simclr_hidden=256, simclr=64, dense=64)
     config.optim.peak_lr = args.peak_lr
     # Colour is what captions tell: no grey, no turn of the hue, in any view.

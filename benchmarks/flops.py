@@ -89,23 +89,22 @@ def train_step_flops(
     pair = views[0] * (image.first * (1 if frozen else 2) + image.rest * 3)
     pair += views[1] * caption.rest * 3
     for term, weight in config.loss.weights.items():
-        forward_only = 1 if not weight else None  # a term without weight is a metric
-        for flops, passes in _term(term, config, views, image, caption, mlm_words):
-            pair += flops * (forward_only or passes)
+        for flops, passes in _term(term, config, image, caption, mlm_words):
+            pair += flops * (passes if weight else 1)  # a term without weight is a metric
     return config.batch_size * pair
 
 
 def _term(
-    term: str, config, views, image: Tower, caption: Tower, mlm_words: float
+    term: str, config, image: Tower, caption: Tower, mlm_words: float
 ) -> Iterator[tuple[float, int]]:
     """The products of a loss term, a pair: (forward FLOPs, passes with the backward ones)."""
-    heads, model, batch = config.model.heads, config.model, config.batch_size
+    model, heads, batch = config.model, config.model.heads, config.batch_size
+    two_views = "simsiam" in config.loss.weights  # DeCLIP's: of image and text, all contrasted
     logits = 2 * batch * model.embed_dim  # of one feature with all of the other modality
     if term in ("raw", "synthetic"):
         yield logits, 3
     elif term == "clip":
-        # SLIP's strong views and what is only masked are not contrasted with the other modality
-        yield logits * (4 if "simsiam" in config.loss.weights else 1), 3
+        yield logits * (4 if two_views else 1), 3
     elif term == "simclr":
         hidden, out = heads.simclr_hidden, heads.simclr
         yield 2 * 2 * (image.pooled_width * hidden + hidden**2 + hidden * out), 3
@@ -121,8 +120,7 @@ def _term(
         yield 4 * logits * neighbours, 2  # two images with two texts' neighbours, constants
     elif term == "filip":
         options = config.loss.late_interaction
-        pairs = 4 if options.all_views and "simsiam" in config.loss.weights else 1
-        mapped = 2 if pairs == 4 else 1  # views of each modality
+        pairs, mapped = (4, 2) if two_views and options.all_views else (1, 1)
         yield mapped * 2 * image.tokens * image.token_width * heads.dense, 3
         yield mapped * 2 * caption.tokens * caption.token_width * heads.dense, 3
         # every token of one modality with the selected ones of all samples of the other

@@ -30,6 +30,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         while error.args and isinstance(error.args[0], Exception):  # an unknown field's is wrapped
             error = error.args[0]
         message = str(error.args[0] if isinstance(error, KeyError) else error)
+        if isinstance(error, KeyError) and " " not in message:  # no field is like it
+            message = f"the configuration has no field {message.strip(chr(39))!r}"
         # What a configuration file raised stands at the end of a quoted trace.
         sys.exit(f"error: {message.strip().splitlines()[-1].strip()}")
 

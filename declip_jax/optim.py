@@ -1,7 +1,6 @@
 """The optimiser: learning-rate schedules, parameter groups by name, AdamW, LAMB and SGD."""
 
 import difflib
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -68,7 +67,7 @@ def _check_patterns(patterns: Iterable[str], params: Any, what: str) -> None:
     """Raises ValueError for a pattern that is found in no parameter's name."""
     names = [rules.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in patterns:
-        if not any(re.search(pattern, name) for name in names):
+        if not any(map(rules.compile_pattern(pattern, what).search, names)):
             close = difflib.get_close_matches(pattern, names, n=1, cutoff=0)
             raise ValueError(f"{what}: {pattern!r} finds no parameter; did you mean {close[0]!r}?")
 

@@ -25,6 +25,14 @@ def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def compile_pattern(pattern: str, what: str) -> re.Pattern:
+    """A regular expression. Raises ValueError, naming `what` it stands in, if it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what}: {pattern!r} is no regular expression ({error}).") from error
+
+
 def match(tree: Any, rules: Sequence[tuple[str, Any]], what: str) -> Any:
     """Gives every leaf the value of the first rule whose pattern is found in its path.
 
@@ -34,9 +42,9 @@ def match(tree: Any, rules: Sequence[tuple[str, Any]], what: str) -> Any:
       what: the rules' name, for the error.
 
     Raises:
-      ValueError: leaves that no rule covers, by name.
+      ValueError: leaves that no rule covers, by name, or a pattern that is no regular expression.
     """
-    compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    compiled = [(compile_pattern(pattern, what), value) for pattern, value in rules]
     uncovered = []
 
     def value_of(path, _):
