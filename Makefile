@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 .PHONY: help setup quickstart test test-all lint format clean
 
 help:
-	@echo "make quickstart  train CLIP on drawn scenes, score it, draw runs/quickstart/report.png"
+	@echo "make quickstart  train DeCLIP on drawn scenes, score it, draw runs/quickstart/report.png"
 	@echo "make test        run the tests (make test-all adds a whole quickstart, four minutes)"
 	@echo "make lint        ruff check and format check"
 	@echo "make setup       only create .venv and install everything"
@@ -31,10 +31,10 @@ quickstart: setup
 	$(BIN)/python -m declip_jax.report --workdir $(QUICKSTART)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

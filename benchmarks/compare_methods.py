@@ -4,11 +4,13 @@
   python benchmarks/compare_methods.py --data data/cifar10 \\
       --out benchmarks/results/compare_methods_cifar10.json
 
-Every method trains on the quickstart's scenes, or a prepared set with classes and synthetic captions,
-with the quickstart's towers. Its loss weights are those of its published configuration, but that
-FILIP's global term has weight 1: the scores are those of the global embeddings, which its published
-weights leave as they were drawn. What differs is what the method is: its views and its loss. The table gives mean and spread over seeds of the scores after
-the last step. Finished runs are kept in --workdir and not repeated.
+Every method trains on the quickstart's scenes, or on a prepared set with classes and synthetic
+captions, with the quickstart's towers. Its loss weights are those of its published configuration,
+but that FILIP's global term has weight 1: the scores are those of the global embeddings, which its
+published weights leave as they were drawn. What differs is what the method is: its views and its
+loss. The table gives mean and spread over seeds of the scores after the last step. Finished runs
+are kept in --workdir and not repeated. A method may have settings of its own, to ask what a part
+of it does: --methods clip declip declip,loss.weights.mlm=0.0
 """
 
 import argparse
@@ -18,6 +20,7 @@ import platform
 import statistics
 import sys
 import time
+from ast import literal_eval
 from pathlib import Path
 
 import jax
@@ -51,19 +54,19 @@ SCORES = {
 }
 
 
-def config_of(method: str, seed: int, args) -> ml_collections.ConfigDict:
-    published = PUBLISHED[method].get_config()
+def config_of(variant: str, seed: int, args) -> ml_collections.ConfigDict:
+    method, *settings = variant.split(",")
     config = quickstart.get_config().unlock()
     config.method = method
     config.seed = seed
     config.batch_size = args.batch_size
     config.total_steps = args.steps
-    config.loss.weights = published.loss.weights
-    config.loss.max_scale = published.loss.max_scale
+    limits = config.loss.logit_scale_range
+    config.loss = PUBLISHED[method].get_config().unlock().loss
+    config.loss.logit_scale_range = limits
+    config.loss.support_set.size = args.support_set
     if method == "filip":
         config.loss.weights.clip = 1.0
-    config.loss.adaptive = published.loss.adaptive
-    config.loss.support_set.size = args.support_set
     config.data.eda = ("swap", "delete")  # synonyms would need a file
     config.model.heads.update(projector=128, predictor=64, simclr_hidden=256, simclr=64, dense=64)
     config.optim.peak_lr = args.peak_lr
@@ -81,6 +84,8 @@ def config_of(method: str, seed: int, args) -> ml_collections.ConfigDict:
         config.eval.zeroshot.update(source=args.data, split="test")
         config.eval.zeroshot.templates = ("a photo of a {}.",)
         config.eval.retrieval.source = ""
+    pairs = (setting.split("=", 1) for setting in settings)
+    config.update_from_flattened_dict({name: literal_eval(value) for name, value in pairs})
     return config.lock()
 
 
@@ -88,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--methods", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
+    parser.add_argument("--methods", nargs="+", default=list(PUBLISHED))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -98,6 +103,9 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/compare_methods"))
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
+    unknown = {variant.split(",")[0] for variant in args.methods} - set(PUBLISHED)
+    if unknown:
+        parser.error(f"--methods: {sorted(unknown)} are none of {sorted(PUBLISHED)}.")
 
     name = Path(args.data).name or "scenes"
     runs = {}
@@ -116,14 +124,14 @@ def main() -> None:
     scores = list(next(iter(runs.values()))[0])
     pairs = args.steps * args.batch_size
     print(f"\n{name}: {pairs:,} pairs seen, {args.seeds} seeds, mean ± standard deviation, %")
-    print(f"{'method':<10}" + "".join(f"{score:>22}" for score in scores))
+    print(f"{'method':<32}" + "".join(f"{score:>22}" for score in scores))
     for method, results in runs.items():
         cells = []
         for score in scores:
             values = [100 * result[score] for result in results]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):6.1f} ± {spread:4.1f}")
-        print(f"{method:<10}" + "".join(f"{cell:>22}" for cell in cells))
+        print(f"{method:<32}" + "".join(f"{cell:>22}" for cell in cells))
     if args.out:
         result = {
             "data": name,

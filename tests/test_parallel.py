@@ -91,7 +91,7 @@ def gradient_descent(config, params):
     would go different ways, and what comes after would not be comparable.
     """
     del config, params
-    rate = 1e-3
+    rate = 1e-4
 
     def update(gradients, state, params=None):
         del state, params

@@ -1,6 +1,5 @@
 """The sharded support set against a plain queue, on every mesh."""
 
-import re
 from collections import deque
 from functools import partial
 
@@ -15,6 +14,7 @@ from declip_jax import support_set
 from declip_jax.checkpoint import Checkpoints
 from declip_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from declip_jax.state import TrainState
+from tests.hlo import largest_collective
 
 SIZE, WIDTH = 24, 5
 MESHES = [(1, 1), (8, 1), (2, 4)]
@@ -133,25 +133,6 @@ def test_no_gradient():
     queries = jnp.asarray(unit_rows(np.random.default_rng(0), 16))
     for gradient in jax.grad(f, argnums=(0, 1))(queries, state["rows"]):
         assert not gradient.any()
-
-
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-
-
-def largest_collective(compiled):
-    """Elements of the largest array that goes into or comes out of a collective."""
-    shapes, collectives = {}, []
-    for name, result, op, operands in re.findall(
-        r"^ *(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z-]+)\(([^)]*)\)", compiled.as_text(), re.M
-    ):
-        shapes[name] = [
-            np.prod([int(n) for n in dims.split(",") if n], dtype=int)
-            for dims in re.findall(r"\w\[([\d,]*)\]", result)
-        ]
-        if op.removesuffix("-start") in COLLECTIVES:
-            collectives += [name, *re.findall(r"%([\w.-]+)", operands)]
-    assert collectives
-    return max(size for name in collectives for size in shapes[name])
 
 
 @pytest.mark.parametrize("shape", MESHES[1:], ids=lambda s: f"{s[0]}x{s[1]}")
