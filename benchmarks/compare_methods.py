@@ -75,6 +75,7 @@ def config_of(variant: str, seed: int, args) -> ml_collections.ConfigDict:
         crop_scale=(0.8, 1.0), jitter=(0.2, 0.2, 0.2, 0.0), jitter_prob=0.8, grey_prob=0.0
     )
     config.views.strong.update(flip=0.0, blur_prob=0.0)
+    config.compilation_cache = str(args.workdir / "cache")  # seeds share their programs
     config.eval.every = args.steps
     config.checkpoint.update(every=args.steps, best_metric="")
     if args.data:

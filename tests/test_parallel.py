@@ -15,7 +15,7 @@ from declip_jax import optim
 from declip_jax.parallel import mesh as meshes
 from declip_jax.parallel import rules
 from declip_jax.parallel.mesh import replicated, shard_batch
-from declip_jax.train import Setup
+from declip_jax.train import Setup, make_init
 from tests.hlo import largest_collective
 
 TERMS = {
@@ -38,12 +38,12 @@ EXTRA = {
 BATCH, CONTEXT, EOT = 16, 16, 63
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Most of the time goes into machine code, and none of that into how arrays are divided."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+# Most of a compilation is about quick machine code, which has no part in how arrays are divided.
+QUICKLY = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 
 
 def config(method, kind="vit", shape=(1, 1)):
@@ -103,7 +103,8 @@ def gradient_descent(config, params):
 def compile_step(c):
     setup = Setup(c, jax.devices()[: c.mesh.data * c.mesh.fsdp])
     batch = shard_batch(next(batches(setup.method.views)), setup.mesh)
-    return setup, setup.jit_train_step().lower(setup.abstract_state, batch).compile()
+    step = setup.jit_train_step().lower(setup.abstract_state, batch)
+    return setup, step.compile(compiler_options=QUICKLY)
 
 
 def three_steps(setup, train_step, start):
@@ -133,7 +134,8 @@ def test_sharded_equals_one_device(method, kind):
     configs[2 if kind == "vit" else 1].loss.update(ring_threshold=BATCH, block=1)
     with mock.patch.object(optim, "make_optimizer", gradient_descent), ThreadPoolExecutor() as pool:
         (one, one_step), *sharded = pool.map(compile_step, configs)
-    start = jax.device_get(one.init_state())  # one program makes the state, for all meshes
+    init = jax.jit(make_init(one.method, one.tx, one.config)).lower()
+    start = jax.device_get(init.compile(compiler_options=QUICKLY)())
     one_metrics, one_gradients, one_state = three_steps(one, one_step, start)
     if kind == "vit":
         assert set(start.extra) == EXTRA[method]
