@@ -12,8 +12,8 @@ with every length of captions. Rounds of all of them, of a large matrix product 
 the same CLIP in PyTorch are interleaved, so that what else the machine does falls on all alike.
 
 The share is that of the FLOPs that flops.py counts, at the median time, in the median rate of the
-matrix product (bfloat16; float32 on a CPU). Memory is the compiler's count for one device. Exits with
-3 if nothing fits into the memory.
+matrix product (bfloat16; float32 on a CPU). Memory is the compiler's count for one device. Exits
+with 3 if nothing fits into the memory.
 """
 
 import argparse

@@ -1,7 +1,11 @@
 """Whole runs: exact resumption, what a run leaves behind, and what it refuses."""
 
+import functools
+import gzip
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,35 +21,42 @@ from declip_jax import prepare
 from declip_jax import train as train_module
 from declip_jax.checkpoint import CheckpointError, Checkpoints
 from declip_jax.metrics import read_metrics
+from declip_jax.parallel import mesh as meshes
 from declip_jax.train import Setup, train
 
 ROOT = Path(__file__).parent.parent
+CLIP, SLIP, FILIP, DECLIP, DEFILIP, ALIP = (
+    f"{method}_vit_b32_yfcc15m" for method in ("clip", "slip", "filip", "declip", "defilip", "alip")
+)
 
 
-def tiny(**fields):
-    """The quickstart's smoke run (a ResNet, so with BN statistics), without evaluation."""
-    config = quickstart.get_config("tiny").unlock()
+def tiny(experiment, fields=()):
+    """The smoke run of an experiment, without evaluation."""
+    config = importlib.import_module(f"configs.{experiment}").get_config("tiny").unlock()
     config.eval.every = 0
     config.checkpoint.best_metric = ""
-    config.update_from_flattened_dict(fields)
+    config.update_from_flattened_dict(dict(fields))
     return config.lock()
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory) -> str:
-    """Twenty small images with two captions each: epochs that end in the middle of a batch."""
+def photographs(tmp_path_factory) -> Path:
+    """Twenty small images: epochs that end in the middle of a batch. Each has two captions and two
+    synthetic ones ("data"; "plain" has none), of which a few are long. Beside them synonyms."""
     folder = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
-    rows = ["image,caption"]
+    rows = ["image,caption,synthetic"]
     for i in range(20):
         cv2.imwrite(str(folder / f"{i}.png"), rng.integers(0, 256, (40, 48, 3), np.uint8))
-        rows += [f"{i}.png,picture number {i}", f"{i}.png,the same picture {i} again"]
+        again = " and again" * (6 if i < 2 else 1)
+        rows += [f"{i}.png,picture number {i},noise {i}", f"{i}.png,the same picture{again},dots"]
     (folder / "captions.csv").write_text("\n".join(rows))
-    prepare.main(
-        ["csv", "--images", str(folder), "--captions", str(folder / "captions.csv"), "--output",
-         str(folder / "data"), "--split", "train"]
-    )  # fmt: skip
-    return str(folder / "data")
+    arguments = ["csv", "--images", str(folder), "--captions", str(folder / "captions.csv")]
+    for name, more in {"data": ["--synthetic-column", "synthetic"], "plain": []}.items():
+        prepare.main([*arguments, "--output", str(folder / name), "--split", "train", *more])
+    with gzip.open(folder / "synonyms.json.gz", "wt") as file:
+        json.dump({"picture": ["image", "painting"], "number": ["figure"]}, file)
+    return folder
 
 
 # Trains as main does, and presses Ctrl-C after a chosen step (0: never), which as in a terminal
@@ -74,11 +85,14 @@ EVERYTHING_RANDOM = {
     "checkpoint.every": 100,
     "ema_decay": 0.9,
     "optim.clip_norm": 1.0,
-    "views.weak.flip": 0.5,
-    "views.weak.jitter_prob": 0.8,
-    "views.weak.grey_prob": 0.2,
-    "views.weak.blur_prob": 0.5,
-    "views.weak.blur_sigma": (0.1, 0.5),
+    "views.strong.flip": 0.5,
+    "views.strong.jitter_prob": 0.8,
+    "views.strong.grey_prob": 0.2,
+    "views.strong.blur_prob": 0.5,
+    "views.strong.blur_sigma": (0.1, 0.5),
+    "data.eda": ("synonym", "swap", "delete"),
+    "data.token_lengths": (24,),  # of all batches: one program to compile
+    "loss.support_set.size": 40,  # wraps in the second step
     "mesh.fsdp": 2,
 }
 
@@ -96,9 +110,30 @@ def run_process(workdir: Path, stop_after: int, fields: dict) -> str:
     return done.stdout
 
 
+def assert_same_state(config, workdir, expected):
+    """Both have finished four steps; returns their state."""
+    abstract = Setup(config).abstract_state
+    checkpoints = [Checkpoints(folder, read_only=True) for folder in (workdir, expected)]
+    assert [c.record(4)["samples"] for c in checkpoints] == [64, 64]
+    ours, expected = (c.restore(4, abstract) for c in checkpoints)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(expected), strict=True
+    ):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+    return ours
+
+
+def losses(workdir):
+    return [row["train/loss"] for row in read_metrics(workdir / "metrics.jsonl")]
+
+
 def test_two_steps_a_new_process_and_two_steps_equal_four_bit_for_bit(tmp_path, photographs):
-    fields = EVERYTHING_RANDOM | {"data.source": photographs}
-    run_process(tmp_path / "at_once", 0, fields | {"compilation_cache": str(tmp_path / "cache")})
+    fields = EVERYTHING_RANDOM | {
+        "data.source": str(photographs / "data"),
+        "data.synonyms": str(photographs / "synonyms.json.gz"),
+        "compilation_cache": str(tmp_path / "cache"),
+    }
+    run_process(tmp_path / "at_once", 0, fields)
     assert any((tmp_path / "cache").iterdir())
     fields |= {"data.workers": 1}  # must make no difference
     interrupted = run_process(tmp_path / "halves", 2, fields)
@@ -106,29 +141,31 @@ def test_two_steps_a_new_process_and_two_steps_equal_four_bit_for_bit(tmp_path, 
     continued = run_process(tmp_path / "halves", 0, fields)
     assert "from step 2 (32 pairs seen)" in continued
 
-    mesh_config = tiny(**{"ema_decay": 0.9, "optim.clip_norm": 1.0})
-    setup = Setup(mesh_config)
-    ours, expected = (
-        Checkpoints(tmp_path / name, read_only=True) for name in ("halves", "at_once")
-    )
-    assert ours.record(4)["samples"] == expected.record(4)["samples"] == 64
-    restored = [c.restore(4, setup.abstract_state) for c in (ours, expected)]
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(restored[0]),
-        jax.tree.leaves(restored[1]),
-        strict=True,
-    ):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
-    assert jax.tree.leaves(restored[0].extra)  # BN statistics were there to compare
-
-    losses = [
-        [row["train/loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")]
-        for name in ("halves", "at_once")
-    ]
-    assert losses[0] == losses[1] and len(set(losses[0])) == 4
+    config = tiny("quickstart", EVERYTHING_RANDOM)
+    state = assert_same_state(config, tmp_path / "halves", tmp_path / "at_once")
+    assert state.extra.keys() == {"batch_stats", "support_set"}
+    assert state.extra["support_set"]["pointer"] == 4 * 32 % 40
+    assert losses(tmp_path / "halves") == losses(tmp_path / "at_once")
+    assert len(set(losses(tmp_path / "halves"))) == 4
 
     finished = run_process(tmp_path / "halves", 0, fields)
     assert "is finished: step 4 of 4" in finished
+
+
+@pytest.fixture(scope="module")
+def alip_run(tmp_path_factory, photographs) -> Path:
+    workdir = tmp_path_factory.mktemp("alip")
+    train(tiny(ALIP, {"data.source": str(photographs / "data")}), workdir)
+    return workdir
+
+
+def test_alip_continues_bit_for_bit(alip_run, photographs, tmp_path):
+    shutil.copytree(alip_run / "checkpoints" / "2", tmp_path / "checkpoints" / "2")
+    config = tiny(ALIP, {"data.source": str(photographs / "data")})
+    train(config, tmp_path)
+    state = assert_same_state(config, tmp_path, alip_run)
+    assert all(mean != 1 for mean in state.extra["running_means"].values())
+    assert losses(tmp_path) == losses(alip_run)[2:]
 
 
 @pytest.fixture(scope="module")
@@ -145,12 +182,22 @@ def run(tmp_path_factory) -> Path:
 def test_a_run_logs_what_it_should(run):
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    names = "loss clip top1 top5 learning_rate logit_scale grad_norm update_norm pairs_per_s"
-    names += " pairs_per_s_per_device data_wait_share seconds_left"
+    names = "loss clip simsiam mlm nn_text top1 top5 mlm_overflow nn_similarity nn_young"
+    names += " learning_rate logit_scale grad_norm update_norm"
+    names += " pairs_per_s pairs_per_s_per_device data_wait_share seconds_left"
     for row in rows:
         assert {f"train/{name}" for name in names.split()} <= row.keys()
         assert row["train/grad_norm"] > 0
+    # Of 64 rows a step replaces 32; each sees the set as it was before.
+    assert [row["train/nn_replaced"] for row in rows] == [0, 0.5, 1, 1]
     assert {"val/zeroshot/top1", "val/retrieval/image_to_text_r1"} <= rows[-1].keys()
+
+
+def test_an_alip_run_logs_its_weights(alip_run):
+    for row in read_metrics(alip_run / "metrics.jsonl"):
+        assert {"train/raw", "train/synthetic"} <= row.keys()
+        for name in ("sample_weight", "raw_weight", "synthetic_weight"):
+            assert 0 < row[f"train/{name}"] <= 1
 
 
 def test_a_run_leaves_events_a_profile_and_its_config(run):
@@ -188,8 +235,8 @@ def test_another_architecture_in_the_workdir_names_the_fields(run):
     assert Checkpoints(run, read_only=True).steps() == [2, 4]
 
 
-def test_frozen_parameters_stay_and_others_move(tmp_path):
-    config = tiny(**{"optim.frozen": ("^image/conv1/",), "batch_size": 8})
+def test_frozen_parameters_stay_and_others_move():
+    config = tiny("clip_rn50_yfcc15m", {"optim.frozen": ("^image/conv1/",), "batch_size": 8})
     setup = Setup(config, jax.devices()[:1])
     before = jax.device_get(setup.init_state().params)
     rng = np.random.default_rng(0)
@@ -203,6 +250,28 @@ def test_frozen_parameters_stay_and_others_move(tmp_path):
     assert not np.array_equal(before["image"]["conv2"]["kernel"], after["image"]["conv2"]["kernel"])
 
 
+def test_batches_of_several_lengths(tmp_path, photographs, monkeypatch):
+    lengths, compilations = [], []
+
+    def shard_batch(batch, mesh):
+        lengths.append(batch["tokens"].shape[-1])
+        return meshes.shard_batch(batch, mesh)
+
+    class Meter(train_module.Meter):
+        def discount(self, seconds):
+            compilations.append(seconds)
+            super().discount(seconds)
+
+    monkeypatch.setattr(train_module, "shard_batch", shard_batch)
+    monkeypatch.setattr(train_module, "Meter", Meter)
+    fields = {"data.source": str(photographs / "data"), "data.token_lengths": (16, 24)}
+    train(tiny(CLIP, fields), tmp_path)
+    assert len(lengths) == 4 and set(lengths) == {16, 24}
+    assert len(compilations) == 2
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(rows) == 4 and all(row["train/pairs_per_s"] > 0 for row in rows)
+
+
 def test_sigterm_saves_the_step_in_hand(tmp_path, monkeypatch):
     class Terminated(train_module.Progress):
         def show(self, step, scalars):
@@ -212,59 +281,102 @@ def test_sigterm_saves_the_step_in_hand(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_module, "Progress", Terminated)
     before = signal.getsignal(signal.SIGTERM)
-    state = train(tiny(**{"checkpoint.every": 100}), tmp_path)
+    state = train(tiny(CLIP, {"checkpoint.every": 100}), tmp_path)
     assert int(state.step) == 1 and Checkpoints(tmp_path, read_only=True).steps() == [1]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="lower.*config.optim.peak_lr"):
-        train(tiny(**{"optim.peak_lr": 1e30, "optim.warmup_lr": 1e30}), tmp_path)
+        train(tiny(CLIP, {"optim.peak_lr": 1e30, "optim.warmup_lr": 1e30}), tmp_path)
     assert Checkpoints(tmp_path, read_only=True).steps() in ([], [2])
 
 
 @pytest.mark.parametrize(
-    "fields, named",
+    "experiment, fields, named",
     [
-        ({"batch_size": 12}, "config.batch_size=12 cannot be divided over 8 devices"),
-        ({"eval.batch_size": 3}, "config.eval.batch_size=3"),
-        ({"total_steps": 0}, "config.total_steps=0"),
-        ({"method": "clop"}, "config.method='clop'"),
-        ({"ema_decay": 1.0}, "config.ema_decay=1.0"),
-        ({"profile.steps": (5, 2)}, "config.profile.steps=(5, 2)"),
-        ({"data.workers": -1}, "config.data.workers=-1"),
-        ({"model.text.vocab_size": 100}, "model.text.eot_id"),
-        ({"model.text.vocab_size": 49_408}, "config.model.text.vocab_size=49408"),
-        ({"model.image.bn_group_size": 3}, "config.model.image.bn_group_size=3"),
-        ({"loss.logit_scale_range": (2.0, 1.0)}, "config.loss.logit_scale_range=(2.0, 1.0)"),
-        ({"data.source": "nowhere"}, "data source 'nowhere'"),
-        ({"data.split": "trian"}, "trian"),
-        ({"checkpoint.best_metric": "val/zeroshot/top1"}, "config.checkpoint.best_metric"),
-        ({"model.image.kind": "vti"}, "model.image.kind='vti'"),
-        ({"model.dtype": "float16"}, "model.dtype='float16'"),
-        ({"views.weak.flip": 2.0}, "config.views.weak.flip=2.0"),
-        ({"eval.every": 1, "eval.resize": 16}, "config.eval.resize=16"),
+        (CLIP, {"batch_size": 12}, "config.batch_size=12 cannot be divided over 8 devices"),
+        (CLIP, {"eval.batch_size": 3}, "config.eval.batch_size=3"),
+        (CLIP, {"microbatches": 3}, "config.microbatches=3 does not cut config.batch_size=16"),
+        (CLIP, {"microbatches": 4}, "config.microbatches=4 does not cut config.batch_size=16"),
+        (CLIP, {"total_steps": 0}, "config.total_steps=0"),
+        (CLIP, {"method": "clop"}, "config.method='clop'"),
+        (CLIP, {"ema_decay": 1.0}, "config.ema_decay=1.0"),
+        (CLIP, {"profile.steps": (5, 2)}, "config.profile.steps=(5, 2)"),
+        (CLIP, {"checkpoint.best_metric": "val/zeroshot/top1"}, "config.checkpoint.best_metric"),
+        (CLIP, {"eval.every": 1, "eval.resize": 16}, "config.eval.resize=16"),
+        (CLIP, {"model.image.kind": "vti"}, "model.image.kind='vti'"),
+        (CLIP, {"model.dtype": "float16"}, "model.dtype='float16'"),
+        (CLIP, {"model.attention": "cudnn"}, "model.attention='cudnn': expected 'xla'"),
+        (CLIP, {"model.text.vocab_size": 100}, "model.text.eot_id"),
+        (DECLIP, {"model.text.vocab_size": 49_408}, "config.model.text.vocab_size=49408"),
+        (DECLIP, {"model.heads.projector": 0}, "model.heads.projector=0"),
+        ("quickstart", {"model.image.bn_group_size": 3}, "config.model.image.bn_group_size=3"),
+        (CLIP, {"loss.logit_scale_range": (2.0, 1.0)}, "config.loss.logit_scale_range=(2.0, 1.0)"),
+        (CLIP, {"loss.block": 0}, "config.loss.block=0"),
+        (SLIP, {"loss.temperature": 0.0}, "config.loss.temperature=0.0"),
+        (FILIP, {"loss.late_interaction.tokens": -1}, "config.loss.late_interaction.tokens=-1"),
+        (DEFILIP, {"loss.late_interaction.tokens": -1}, "config.loss.late_interaction.tokens=-1"),
+        (DECLIP, {"loss.support_set.size": 24}, "config.loss.support_set.size=24 is smaller than"),
+        (DECLIP, {"loss.support_set.size": 36}, "config.loss.support_set.size=36 cannot be divid"),
+        (DECLIP, {"loss.weights.nn": 1.0}, "the method's loss terms are ['clip', 'mlm', 'nn_text'"),
+        (ALIP, {"loss.adaptive.momentum": 1.0}, "config.loss.adaptive.momentum=1.0"),
+        (CLIP, {"views.weak.flip": 2.0}, "config.views.weak.flip=2.0"),
+        (DECLIP, {"views.strong.flip": 2.0}, "config.views.strong.flip=2.0"),
+        (CLIP, {"data.source": "nowhere"}, "data source 'nowhere'"),
+        (CLIP, {"data.split": "trian"}, "trian"),
+        (CLIP, {"data.workers": -1}, "config.data.workers=-1"),
+        (CLIP, {"data.token_lengths": (15,)}, "config.data.token_lengths=(15,)"),
+        (DECLIP, {"data.mask_rate": 1.5}, "config.data.mask_rate=1.5"),
+        (DECLIP, {"data.eda": ("shuffle",)}, "config.data.eda=('shuffle',)"),
+        (
+            DECLIP,
+            {"data.eda": ("synonym",), "data.synonyms": "nowhere"},
+            "config.data.synonyms='nowhere' cannot be read",
+        ),
+        (CLIP, {"optim.name": "adam"}, "config.optim.name='adam'"),
+        (CLIP, {"optim.schedule": "cosign"}, "config.optim.schedule='cosign'"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_wrong_settings_are_named_before_anything_is_written(fields, named, tmp_path):
+def test_wrong_settings_are_named_before_anything_is_written(experiment, fields, named, tmp_path):
     with pytest.raises(ValueError) as error:
-        train(tiny(**fields), tmp_path / "run")
+        train(tiny(experiment, fields), tmp_path / "run")
     assert named in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("experiment", [DECLIP, SLIP, "clip_rn50_yfcc15m"])
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_one_example_is_too_few_for_batch_normalisation(
+    experiment, microbatches, tmp_path, monkeypatch
+):
+    one_device = functools.partial(Setup, devices=jax.devices()[:1])
+    monkeypatch.setattr(train_module, "Setup", one_device)
+    fields = {"batch_size": microbatches, "microbatches": microbatches}
+    with pytest.raises(ValueError, match=f"config.batch_size={microbatches} .* one example"):
+        train(tiny(experiment, fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_synthetic_captions(photographs, tmp_path):
+    with pytest.raises(ValueError, match="plain.* has no synthetic captions.*--synthetic-column"):
+        train(tiny(ALIP, {"data.source": str(photographs / "plain")}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_misspelt_loss_weight(tmp_path):
-    config = tiny().unlock()
+    config = tiny(CLIP).unlock()
     config.loss.weights = {"clap": 1.0}
     with pytest.raises(ValueError, match=r"\['clap'\], but the method's loss terms are \['clip'\]"):
         train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match="--workdir=.*file/run cannot be written to"):
-        train(tiny(), tmp_path / "file" / "run")
+        train(tiny(CLIP), tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize(

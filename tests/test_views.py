@@ -112,11 +112,11 @@ def test_command_line(tmp_path):
         )  # fmt: skip
 
     out = tmp_path / "views.png"
-    result = run(f"--out={out}", "--config.views.weak.flip=1")
+    result = run(f"--out={out}", "--config.views.strong.flip=1")
     assert result.returncode == 0, result.stderr
     assert str(out) in result.stdout and cv2.imread(str(out)) is not None
-    result = run(f"--out={out}", "--config.views.weak.flip=3")
+    result = run(f"--out={out}", "--config.views.strong.flip=3")
     assert result.returncode == 1
     assert result.stderr.strip() == (
-        "error: config.views.weak.flip=3.0 is a probability: 0 to 1 is expected."
+        "error: config.views.strong.flip=3.0 is a probability: 0 to 1 is expected."
     )
