@@ -160,9 +160,13 @@ def train(config, workdir: Path) -> TrainState:
     """
     progress = Progress(config.total_steps)
     if config.compilation_cache:
-        if config.profile.steps and jax.default_backend() == "cpu":
-            # jaxlib 0.10.2 crashes when it traces a CPU program that came out of the cache.
-            progress.say("config.compilation_cache is not used while profiling on a CPU.")
+        # jaxlib 0.10.2: a CPU program that came out of the cache crashes when it is profiled, and
+        # with several devices can wait for ever in its collectives.
+        if jax.default_backend() == "cpu" and (config.profile.steps or jax.device_count() > 1):
+            progress.say(
+                "config.compilation_cache is not used on a CPU that is profiled or split into "
+                "several devices."
+            )
         else:
             jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     setup = Setup(config)
