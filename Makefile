@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 
 help:
 	@echo "make quickstart  train DeCLIP on drawn scenes, score it, draw runs/quickstart/report.png"
-	@echo "make test        run the tests (make test-all adds a whole quickstart, four minutes)"
+	@echo "make test        run the tests (make test-all adds a whole quickstart, five minutes)"
 	@echo "make lint        ruff check and format check"
 	@echo "make setup       only create .venv and install everything"
 

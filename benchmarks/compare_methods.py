@@ -9,8 +9,13 @@ captions, with the quickstart's towers. Its loss weights are those of its publis
 but that FILIP's global term has weight 1: the scores are those of the global embeddings, which its
 published weights leave as they were drawn. What differs is what the method is: its views and its
 loss. The table gives mean and spread over seeds of the scores after the last step. Finished runs
-are kept in --workdir and not repeated. A method may have settings of its own, to ask what a part
-of it does: --methods clip declip declip,loss.weights.mlm=0.0
+are kept in --workdir and not repeated.
+
+A method may have settings of its own, to ask what a part of it does, and the data may be a part, to
+ask what few pairs seen often give:
+
+  python benchmarks/compare_methods.py --split "train[:1000]" \\
+      --methods clip declip declip,loss.contrast_masked=False
 """
 
 import argparse
@@ -62,9 +67,11 @@ def config_of(variant: str, seed: int, args) -> ml_collections.ConfigDict:
     config.batch_size = args.batch_size
     config.total_steps = args.steps
     limits = config.loss.logit_scale_range
-    config.loss = PUBLISHED[method].get_config().unlock().loss
+    published = PUBLISHED[method].get_config().unlock()
+    config.loss, config.data.mask_rate = published.loss, published.data.mask_rate
     config.loss.logit_scale_range = limits
     config.loss.support_set.size = args.support_set
+    config.loss.mlm_places = 0.12  # half of the positions are padding
     if method == "filip":
         config.loss.weights.clip = 1.0
     config.data.eda = ("swap", "delete")  # synonyms would need a file
@@ -78,6 +85,7 @@ def config_of(variant: str, seed: int, args) -> ml_collections.ConfigDict:
     config.compilation_cache = str(args.workdir / "cache")  # seeds share their programs
     config.eval.every = args.steps
     config.checkpoint.update(every=args.steps, best_metric="")
+    config.data.split = args.split
     if args.data:
         config.data.source = args.data
         config.views.weak.update(crop_scale=(0.6, 1.0), flip=0.5)
@@ -97,10 +105,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(PUBLISHED))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--peak-lr", type=float, default=4e-3)
-    parser.add_argument("--support-set", type=int, default=4096, help="rows")
+    parser.add_argument("--support-set", type=int, default=2048, help="rows")
     parser.add_argument("--data", default="", help="prepared set with classes; default: scenes")
+    parser.add_argument("--split", default="train", help="of the pairs, e.g. train[:2000]")
     parser.add_argument("--workdir", type=Path, default=Path("runs/compare_methods"))
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
@@ -108,7 +117,7 @@ def main() -> None:
     if unknown:
         parser.error(f"--methods: {sorted(unknown)} are none of {sorted(PUBLISHED)}.")
 
-    name = Path(args.data).name or "scenes"
+    name = f"{Path(args.data).name or 'scenes'} {args.split}"
     runs = {}
     for seed in range(args.seeds):  # a whole round of methods before the next seed
         for method in args.methods:

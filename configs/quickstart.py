@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.data.source = "scenes"
     config.data.threads = 2
-    # A masked token costs as much as a whole caption: 49,409 logits.
+    # A masked token costs more than the rest of its caption: 49,409 logits.
     config.data.mask_rate = 0.05
     config.data.eda = ("swap",)  # synonyms would need a file, and a word less tells less
 

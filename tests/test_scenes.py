@@ -250,9 +250,18 @@ def test_edges_are_smooth():
     assert 40 < between.sum() < 110
 
 
+def test_part_of_a_split():
+    whole, part = Scenes("train"), Scenes("train[:1000]")
+    assert len(part) == 1000
+    assert part[999]["captions"] == whole[999]["captions"]
+    with pytest.raises(IndexError, match="1000"):
+        part[1000]
+
+
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="'validation'.*train, test, zeroshot"):
-        Scenes("validation")
+    for split in ("validation", "train[:0]", "test[:257]", "train[1:]", ""):
+        with pytest.raises(ValueError, match=f"{re.escape(repr(split))}.*train, test, zeroshot"):
+            Scenes(split)
     with pytest.raises(ValueError, match="16 pixels.*not 8"):
         Scenes("train", 8)
     for index in (-1, 256):

@@ -22,6 +22,7 @@ import functools
 import itertools
 import math
 import random
+import re
 from typing import NamedTuple
 
 import cv2
@@ -292,22 +293,29 @@ def _coverage(mask: np.ndarray, side: int) -> np.ndarray:
 class Scenes:
     """Random access to the records of one split, images of `size` x `size` pixels.
 
+    Of a split "train[:1000]" is the first 1,000, as in TFDS.
+
     Raises ValueError for an unknown split or a size below 16, IndexError outside the split.
     """
 
     def __init__(self, split: str, size: int = 64):
-        if split not in SPLITS:
-            raise ValueError(f"scenes have no split {split!r}; choose one of {', '.join(SPLITS)}")
+        name, count = re.fullmatch(r"(.*?)(?:\[:(\d+)\])?", split).groups()
+        self._length = int(count) if count else SPLITS.get(name, 0)
+        if name not in SPLITS or not 1 <= self._length <= SPLITS[name]:
+            raise ValueError(
+                f"scenes have no split {split!r}; choose one of {', '.join(SPLITS)}, or the first "
+                "of one, such as 'train[:1000]'"
+            )
         if size < 16:
             raise ValueError(
                 f"scenes need a size of at least 16 pixels to be told apart, not {size}"
             )
-        self.split = split
+        self.split = name
         self.size = size
-        self.class_names = CLASS_NAMES if split == "zeroshot" else ()
+        self.class_names = CLASS_NAMES if name == "zeroshot" else ()
 
     def __len__(self) -> int:
-        return SPLITS[self.split]
+        return self._length
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):

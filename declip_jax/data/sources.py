@@ -32,7 +32,7 @@ def open_source(name: str, split: str) -> Source:
 
     Args:
       name: "scenes", or a TFDS data set directory.
-      split: a split's name; of a directory also a part of one, such as "train[:90%]".
+      split: a split's name or a part of one, such as "train[:90%]"; see `Scenes` for its own.
 
     Raises:
       ValueError: no such directory or split, no records, or files that cannot be used.
