@@ -19,6 +19,7 @@ ask what few pairs seen often give:
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -41,6 +42,7 @@ from configs import (  # noqa: E402
     quickstart,
     slip_vit_b32_yfcc15m,
 )
+from declip_jax.checkpoint import to_json  # noqa: E402
 from declip_jax.metrics import read_metrics  # noqa: E402
 from declip_jax.train import train  # noqa: E402
 
@@ -121,9 +123,13 @@ def main() -> None:
     runs = {}
     for seed in range(args.seeds):  # a whole round of methods before the next seed
         for method in args.methods:
-            workdir = args.workdir / f"{name}_{args.steps}x{args.batch_size}" / f"{method}_{seed}"
+            config = config_of(method, seed, args)
+            # Other settings, code's or argument's, are another run.
+            settings = hashlib.sha256(to_json(config).encode()).hexdigest()[:8]
+            workdir = args.workdir / f"{method}_{seed}_{settings}"
             started = time.perf_counter()
-            train(config_of(method, seed, args), workdir)
+            if train(config, workdir).step < args.steps:
+                sys.exit(f"Interrupted. The same command continues with {method}, seed {seed}.")
             print(f"{method} seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
             last = read_metrics(workdir / "metrics.jsonl")[-1]
             runs.setdefault(method, []).append(
@@ -148,6 +154,7 @@ def main() -> None:
             "steps": args.steps,
             "batch_size": args.batch_size,
             "peak_lr": args.peak_lr,
+            "support_set": args.support_set,
             "host": f"{os.cpu_count()} cores, {platform.machine()}, "
             f"Python {platform.python_version()}, jax {jax.__version__}",
             "runs": runs,

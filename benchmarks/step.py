@@ -183,6 +183,7 @@ class Peer(Timed):
 
     def __init__(self, config, step: Step):
         super().__init__()
+        self.batch_size = step.batch_size
         image, text = dict(config.model.image), dict(config.model.text)
         del image["kind"], text["proj_bias"]
         spec = {
@@ -277,6 +278,8 @@ def main() -> None:
         parser.error(str(error))
     if args.peer and (args.method, kind) != ("clip", "vit"):
         parser.error("--peer: the PyTorch model is CLIP with a vision transformer (--method clip).")
+    if args.peer and jax.device_count() > 1:
+        parser.error("--peer: PyTorch runs on one device, so give JAX one too.")
     if args.peer and importlib.util.find_spec("torch") is None:
         parser.error("--peer needs PyTorch: pip install -e '.[torch]'")
     jax.config.update(
@@ -364,7 +367,7 @@ def main() -> None:
         result["peak_gib"] = round(peak / 2**30, 2)
         print(f"peak of the device's memory in this process: {result['peak_gib']} GiB")
     if peer:
-        rate = base.batch_size / peer.median
+        rate = peer.batch_size / peer.median
         tokens = next(iter(steps.values())).length
         name = f"PyTorch {peer.first['torch']}, {tokens} tokens"
         result["peer"] = {
@@ -376,14 +379,14 @@ def main() -> None:
             "peak_gib": peer.last["peak_gib"],
         }
         print(
-            f"{name:<44}{base.batch_size:>7}{1e3 * peer.median:>11.1f}"
+            f"{name:<44}{peer.batch_size:>7}{1e3 * peer.median:>11.1f}"
             f"{1e3 * min(peer.seconds):>10.1f}{rate:>10,.6g}"
         )
         for name, step in steps.items():
             per_pair = [s / step.batch_size for s in step.seconds]
-            ratios = [p / base.batch_size / s for p, s in zip(peer.seconds, per_pair, strict=True)]
+            ratios = [p / peer.batch_size / s for p, s in zip(peer.seconds, per_pair, strict=True)]
             median = statistics.median(ratios)
-            fastest = min(peer.seconds) / base.batch_size / min(per_pair)
+            fastest = min(peer.seconds) / peer.batch_size / min(per_pair)
             result["rows"][name]["times_peer"] = round(median, 3)
             result["rows"][name]["times_peer_fastest"] = round(fastest, 3)
             print(f"{name}: {median:.2f} × PyTorch (fastest rounds: {fastest:.2f})")

@@ -46,7 +46,9 @@ def _common() -> ConfigDict:
     config.loss.max_scale = 0.0  # cap of its exponential; 0: none
     config.loss.temperature = 0.1  # SLIP: of NT-Xent
     config.loss.contrast_masked = True  # MLM methods: contrast the masked caption, or a whole copy
-    config.loss.mlm_places = 0.2  # of the MLM head, for each position; above data.mask_rate
+    # MLM head: it runs on so many places for each position, padding included. Masked positions that
+    # find none are left out, and counted in the metric mlm_overflow.
+    config.loss.mlm_places = 0.2
     config.loss.support_set = dict(
         size=65_536,  # rows
         neighbours=1,  # each query's nearest so many
@@ -92,7 +94,7 @@ def _common() -> ConfigDict:
     config.data.split = "train"
     config.data.workers = 0  # processes that decode; 0: threads of this one
     config.data.threads = 16  # that read and decode, in each process
-    config.data.prefetch = 4  # batches ready ahead of the step, in each process
+    config.data.prefetch = 4  # batches ready ahead of the step, in each process; at least 2
     # A batch has the first of these lengths, or the context, that holds its longest caption.
     config.data.token_lengths = (16, 32, 48)
     config.data.mask_rate = 0.15  # MLM: share of a caption's tokens to predict

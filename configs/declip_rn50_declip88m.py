@@ -3,7 +3,8 @@
 Prepare the data first, docs/data.md: `python -m declip_jax.prepare jsonl --output data/declip88m …`
 and, for the augmented captions, `… prepare synonyms --output data/synonyms.json.gz …`.
 
-The published files leave batch and steps open; YFCC15M's stand here.
+The published file has 128 pairs a GPU but not the number of GPUs, and its 46,001 steps are marked
+"for testing": batch and steps are those of YFCC15M.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
 Prepare the data first, docs/data.md: `python -m declip_jax.prepare jsonl --output data/declip88m …`
 and, for the augmented captions, `… prepare synonyms --output data/synonyms.json.gz …`.
 
-The published files leave the batch open; YFCC15M's stands here.
+The published file has 64 pairs a GPU but not the number of GPUs: the batch is that of YFCC15M.
 """
 
 from ml_collections import ConfigDict

@@ -20,8 +20,9 @@ from orbax.checkpoint import checkpoint_managers
 from declip_jax.parallel.rules import path_name
 from declip_jax.state import TrainState
 
-# Settings of the model that change how it is computed, not what it is.
-_FREE = ("model.scan", "model.remat", "model.dtype")
+# Settings of the model that change how it is computed, not what it is; and the methods' own layers,
+# which not every method has: where one does not fit, restoring says so by its name.
+_FREE = ("model.scan", "model.remat", "model.dtype", "model.attention", "model.heads.")
 
 
 class CheckpointError(ValueError):
@@ -171,7 +172,7 @@ def config_differences(saved: dict[str, Any], config: ConfigDict) -> tuple[list[
         if old.get(name, "(absent)") == new.get(name, "(absent)"):
             continue
         line = f"{name}: {old.get(name, '(absent)')!r} -> {new.get(name, '(absent)')!r}"
-        is_model = name == "method" or (name.startswith("model.") and name not in _FREE)
+        is_model = name == "method" or (name.startswith("model.") and not name.startswith(_FREE))
         (model if is_model else other).append(line)
     return model, other
 

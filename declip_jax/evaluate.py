@@ -10,9 +10,11 @@ Prints a table and, as the last line, one JSON object.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
+import jax
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -55,8 +57,12 @@ def load(workdir: Path, step: str = "newest"):
             "or 'best' if the run had a config.checkpoint.best_metric."
         )
     config = ConfigDict(checkpoints.record(chosen)["config"])
-    config.mesh = dict(data=-1, fsdp=1)  # this machine's devices, not those of the training
-    setup = Setup(config)
+    # This machine's devices, not those of the training: as many as share its work evenly.
+    config.mesh = dict(data=-1, fsdp=1)
+    config.model.attention = "xla"
+    shares = math.gcd(config.eval.batch_size, config.loss.support_set.size)
+    count = max(n for n in range(1, jax.device_count() + 1) if shares % n == 0)
+    setup = Setup(config, jax.devices()[:count])
     state = checkpoints.restore(chosen, setup.abstract_state)
     checkpoints.close()
     encoder = Encoder(setup.method, config, setup.mesh).use(state.eval_params, state.extra)

@@ -336,7 +336,8 @@ def check_config(config, setup: Setup) -> None:
     at_least |= {
         "data.threads": 1,
         "data.workers": 0,
-        "data.prefetch": 1,
+        "data.prefetch": 2,
+        "loss.max_scale": 0,
         "eval.every": 0,
         "seed": 0,
     }

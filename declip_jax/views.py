@@ -83,8 +83,9 @@ def draw_samples(config, records: int, draws: int) -> tuple[Views, list[Sample]]
       ValueError: the configuration or the data cannot be used.
     """
     config = ConfigDict(config).unlock()
-    config.batch_size, config.data.workers = draws, 0
+    config.data.workers = 0
     setup = Setup(config)
+    config.batch_size = draws  # of what is drawn, not of what the method is built for
     names = setup.method.views
     for name in names.image:
         check_view(name, config.views[name])

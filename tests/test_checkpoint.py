@@ -122,9 +122,16 @@ def test_config_differences_tell_the_model_from_the_rest():
     now = common.get_config("tiny").unlock()
     now.model.image.width = 64
     now.model.scan = False
+    now.model.attention = "cudnn"
+    now.model.heads.dense = 128
     now.optim.peak_lr = 5e-4
     import json
 
     model, other = config_differences(json.loads(to_json(CONFIG)), now)
     assert model == ["model.image.width: 32 -> 64"]
-    assert other == ["model.scan: True -> False", "optim.peak_lr: 0.001 -> 0.0005"]
+    assert other == [
+        "model.attention: 'xla' -> 'cudnn'",
+        "model.heads.dense: 16 -> 128",
+        "model.scan: True -> False",
+        "optim.peak_lr: 0.001 -> 0.0005",
+    ]

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import cv2
+import jax
+import numpy as np
 import pytest
 
 from configs import quickstart
 from declip_jax import evaluate, report
+from declip_jax.data.tokenizer import EOT
 from declip_jax.train import train
 
 
@@ -71,6 +74,14 @@ def test_best_checkpoint(run, capsys, monkeypatch):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = max(row["val/zeroshot/top1"] for row in rows)
     assert last_json(capsys.readouterr().out)["top1"] == best
+
+
+def test_devices_that_do_not_share_the_work_evenly(run, monkeypatch):
+    """The run's batches of 16 and its set of 64 rows cannot be divided over six devices."""
+    monkeypatch.setattr(jax, "device_count", lambda: 6)
+    _, encoder, _ = evaluate.load(run)
+    assert encoder.encode_text(np.full((5, 32), EOT, np.int32)).shape == (5, 32)
+    assert encoder._mesh.size == 4
 
 
 def test_own_class_names_and_templates(run, tmp_path, capsys, monkeypatch):

@@ -246,7 +246,7 @@ def test_workers_make_the_same_batches(workers, all_views):
 
 def test_threads_and_prefetch_change_nothing():
     expected = joined(batches(Numbered(10), 6))
-    for threads, prefetch in ((1, 0), (5, 7)):
+    for threads, prefetch in ((1, 2), (5, 7)):
         changed = batches(Numbered(10), 6, threads=threads, prefetch=prefetch)
         assert_equal(joined(changed), expected)
 

@@ -4,6 +4,7 @@ import functools
 import gzip
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -308,6 +309,7 @@ def test_loss_that_is_no_number_stops_the_run(tmp_path):
         (CLIP, {"checkpoint.best_metric": "val/zeroshot/top1"}, "config.checkpoint.best_metric"),
         (CLIP, {"eval.every": 1, "eval.resize": 16}, "config.eval.resize=16"),
         (CLIP, {"model.image.kind": "vti"}, "model.image.kind='vti'"),
+        (CLIP, {"model.embed_dim": 0}, "model.embed_dim=0"),
         (CLIP, {"model.dtype": "float16"}, "model.dtype='float16'"),
         (CLIP, {"model.attention": "cudnn"}, "model.attention='cudnn': expected 'xla'"),
         (CLIP, {"model.text.vocab_size": 100}, "model.text.eot_id"),
@@ -316,6 +318,10 @@ def test_loss_that_is_no_number_stops_the_run(tmp_path):
         ("quickstart", {"model.image.bn_group_size": 3}, "config.model.image.bn_group_size=3"),
         (CLIP, {"loss.logit_scale_range": (2.0, 1.0)}, "config.loss.logit_scale_range=(2.0, 1.0)"),
         (CLIP, {"loss.block": 0}, "config.loss.block=0"),
+        (CLIP, {"loss.max_scale": -5.0}, "config.loss.max_scale=-5.0"),
+        (CLIP, {"loss.weights.clip": 0.0}, "config.loss.weights={'clip': 0.0}"),
+        (DECLIP, {"loss.weights.mlm": -1.0}, "'mlm': -1.0"),
+        (DECLIP, {"loss.weights.mlm": math.nan}, "'mlm': nan"),
         (SLIP, {"loss.temperature": 0.0}, "config.loss.temperature=0.0"),
         (FILIP, {"loss.late_interaction.tokens": -1}, "config.loss.late_interaction.tokens=-1"),
         (DEFILIP, {"loss.late_interaction.tokens": -1}, "config.loss.late_interaction.tokens=-1"),
@@ -323,11 +329,13 @@ def test_loss_that_is_no_number_stops_the_run(tmp_path):
         (DECLIP, {"loss.support_set.size": 36}, "config.loss.support_set.size=36 cannot be divid"),
         (DECLIP, {"loss.weights.nn": 1.0}, "the method's loss terms are ['clip', 'mlm', 'nn_text'"),
         (ALIP, {"loss.adaptive.momentum": 1.0}, "config.loss.adaptive.momentum=1.0"),
+        (ALIP, {"loss.adaptive.gamma": -2.0}, "config.loss.adaptive.gamma=-2.0"),
         (CLIP, {"views.weak.flip": 2.0}, "config.views.weak.flip=2.0"),
         (DECLIP, {"views.strong.flip": 2.0}, "config.views.strong.flip=2.0"),
         (CLIP, {"data.source": "nowhere"}, "data source 'nowhere'"),
         (CLIP, {"data.split": "trian"}, "trian"),
         (CLIP, {"data.workers": -1}, "config.data.workers=-1"),
+        (CLIP, {"data.prefetch": 1}, "config.data.prefetch=1"),
         (CLIP, {"data.token_lengths": (15,)}, "config.data.token_lengths=(15,)"),
         (DECLIP, {"data.mask_rate": 1.5}, "config.data.mask_rate=1.5"),
         (DECLIP, {"data.eda": ("shuffle",)}, "config.data.eda=('shuffle',)"),

@@ -158,7 +158,7 @@ def train_batches(
         .batch(batch_size // count, drop_remainder=True, batch_fn=list)
         .map(make_batch)
         # Two batches at a time: one has images to decode when the other runs out of them.
-        .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=max(2, prefetch)))
+        .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch))
         .mp_prefetch(
             grain.MultiprocessingOptions(workers, per_worker_buffer_size=1),
             worker_init_fn=_ignore_interrupts if workers else None,

@@ -1,1 +1,2 @@
-"""Losses: pure functions of global arrays. No mesh, no rank, no parameters."""
+"""Losses: pure functions of global arrays. No rank, no parameters;
+ring and late_interaction alone are told the mesh."""

@@ -28,6 +28,8 @@ def build(config, mesh) -> Method:
     momentum, gamma = config.loss.adaptive.momentum, config.loss.adaptive.gamma
     if not 0 <= momentum < 1:
         raise ValueError(f"config.loss.adaptive.momentum={momentum} must lie in 0 … 1.")
+    if gamma < 0:
+        raise ValueError(f"config.loss.adaptive.gamma={gamma} must be at least 0.")
     views = Views(image=("weak",), text=("caption", "synthetic"))
     functions = base.network_functions(network, config, views)
 

@@ -1,6 +1,7 @@
 """What a method is, and what the methods share. The training step knows nothing else about them."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -103,12 +104,16 @@ def check_weights(weights: Mapping[str, float], terms: tuple[str, ...]) -> dict[
     """Returns `weights` as a dict if it has exactly one weight for each of the method's `terms`.
 
     Raises:
-      ValueError: a term without a weight, or a weight without a term.
+      ValueError: a term without a weight, a weight without a term, or weights that mean nothing.
     """
     if set(weights) != set(terms):
         raise ValueError(
             f"config.loss.weights has {sorted(weights)}, but the method's loss terms are "
             f"{sorted(terms)}: name each term exactly once (a weight of 0 switches one off)."
+        )
+    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
+        raise ValueError(
+            f"config.loss.weights={dict(weights)} must be at least 0, and not all of them 0."
         )
     return dict(weights)
 

@@ -70,6 +70,7 @@ def two_towers(config: Any) -> TwoTowers:
         check(value in table, field, "one of " + ", ".join(map(repr, table)))
         return table[value]
 
+    check(config.embed_dim >= 1, "embed_dim", "at least 1")
     lookup("activation", ACTIVATIONS)
     lookup("remat", REMAT)
     check(config.attention in ATTENTION, "attention", "one of " + ", ".join(map(repr, ATTENTION)))
