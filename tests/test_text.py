@@ -242,7 +242,9 @@ def test_wordnet_that_cannot_be_read(wordnet, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "data", [b"{}", gzip.compress(b"{}")[:-4], *map(gzip.compress, [b"[1]", b"no", b'{"a": []}'])]
+    "data",
+    [b"{}", gzip.compress(b"{}")[:-4], *map(gzip.compress, [b"[1]", b"no", b'{"a": []}'])],
+    ids=["not gzip", "cut off", "list", "not JSON", "no synonyms"],  # gzip writes the time
 )
 def test_a_file_that_holds_no_synonyms(tmp_path, data):
     (tmp_path / "synonyms.json.gz").write_bytes(data)
