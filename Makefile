@@ -26,6 +26,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@
 
+# Huge pages for malloc, where the kernel grants them on request: a tenth faster, the same numbers.
+quickstart: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 quickstart: setup
 	$(BIN)/python -m declip_jax.main --config configs/quickstart.py --workdir $(QUICKSTART)
 	$(BIN)/python -m declip_jax.report --workdir $(QUICKSTART)
