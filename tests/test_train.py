@@ -98,14 +98,14 @@ EVERYTHING_RANDOM = {
 }
 
 
-def run_process(workdir: Path, stop_after: int, fields: dict) -> str:
+def run_process(workdir: Path, stop_after: int, fields: dict, devices: int = 2) -> str:
     # A file, not a pipe: a data worker that outlives its crashed parent would keep a pipe open.
     output = workdir.with_suffix(".log")
     with output.open("w") as file:
         done = subprocess.run(
             [sys.executable, "-c", DRIVER, str(workdir), str(stop_after), json.dumps(fields)],
             cwd=ROOT,
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -113,6 +113,15 @@ def run_process(workdir: Path, stop_after: int, fields: dict) -> str:
         )
     assert done.returncode == 0, output.read_text()
     return output.read_text()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_compilation_cache_is_used_where_it_is_safe(tmp_path, devices):
+    fields = {"compilation_cache": str(tmp_path / "cache"), "eval.every": 0}
+    fields |= {"checkpoint.best_metric": "", "data.token_lengths": (24,)}
+    said = run_process(tmp_path / "run", 1, fields, devices)
+    assert ("compilation_cache is not used" in said) == (devices > 1)
+    assert (tmp_path / "cache").is_dir() == (devices == 1)
 
 
 def assert_same_state(config, workdir, expected):
