@@ -17,6 +17,17 @@ from tensorflow_datasets.proto import tf_example_pb2
 Record = dict[str, Any]
 
 
+class BadRecord(ValueError):
+    """A record, or part of one, that cannot be used: `reason` is counted, `detail` is listed."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)  # both, for it crosses processes
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
 class SplitSize(NamedTuple):
     shard_lengths: Sequence[int]  # records in each shard
     num_bytes: int  # stored bytes of all records together

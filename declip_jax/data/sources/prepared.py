@@ -1,46 +1,15 @@
-"""Random access to the records of a data set."""
+"""The array_record data sets that `declip_jax.prepare` writes."""
 
 import os
-from typing import Any, Protocol
+from typing import Any
 
 import tensorflow_datasets as tfds
 
 from declip_jax.data import records
-from declip_jax.data.scenes import Scenes
+from declip_jax.data.sources.base import Source
 
 
-class Source(Protocol):
-    """The records of one split. A source can be pickled, for worker processes read from it.
-
-    A record is a dict of one image with all its captions:
-      image: bytes of an encoded image, or np.uint8 [H, W, 3].
-      captions: list[str], at least one.
-      synthetic: list[str], at least one, captions that a model wrote; not in every source.
-      key: str, names the record in messages and predictions.
-      label: int, an index into `class_names`; only if there are any.
-    """
-
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-
-def open_source(name: str, split: str) -> Source:
-    """Opens "scenes", drawn on the fly, or a directory that `declip_jax.prepare` wrote.
-
-    Args:
-      name: "scenes", or a TFDS data set directory.
-      split: a split's name or a part of one, such as "train[:90%]"; see `Scenes` for its own.
-
-    Raises:
-      ValueError: no such directory or split, no records, or files that cannot be used.
-    """
-    return Scenes(split) if name == "scenes" else PreparedSource(name, split)
-
-
-class PreparedSource:
+class PreparedSource(Source):
     """A split of a TFDS directory of array_record shards, with the features of `records`.
 
     Raises:

@@ -1,0 +1,54 @@
+"""What a source of records is."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+
+class Columns(NamedTuple):
+    """What a source calls its fields; where nothing is named, it looks for the usual names.
+
+    A webdataset calls a text `txt` if it is the file `KEY.txt` of a sample and `json.caption` if it
+    is the field "caption" of `KEY.json`; TFDS calls nested features `captions/text`.
+    """
+
+    image: str = ""
+    captions: Sequence[str] = ()
+    synthetic: Sequence[str] = ()
+    key: str = ""
+    label: str = ""
+
+
+class Source(Protocol):
+    """Random access to the records of one split. It can be pickled, for worker processes read it.
+
+    A record is a dict of one image with all its captions:
+      image: bytes of an encoded image, or np.uint8 [H, W, 3].
+      captions: list[str], at least one.
+      synthetic: list[str], at least one, captions that a model wrote; not in every source.
+      key: str, names the record in messages and predictions.
+      label: int, an index into `class_names`; only if there are any.
+
+    Attributes:
+      class_names: by label; empty without classes.
+      blocks: int64, the first record of each part that is read as a whole, ascending from 0; None
+        if any record can be read alone. Training reads records of a block at nearly the same time.
+    """
+
+    class_names: tuple[str, ...] = ()
+    blocks: np.ndarray | None = None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A record.
+
+        Raises:
+          BadRecord: this record cannot be used, though others may be.
+        """
+        ...
+
+    def locate(self, index: int) -> str:
+        """Where a record is stored, for messages: the shard, and its place or name there."""
+        return f"record {index} of {self}"
