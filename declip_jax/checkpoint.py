@@ -1,7 +1,7 @@
 """Checkpoints: the training state, the position in the data, and the configuration.
 
 Orbax writes asynchronously and atomically. Beside the arrays lies a small JSON record with the
-step, the number of samples seen, the whole configuration, and a fingerprint of every leaf: array
+step, the number of samples seen, that of all records, the whole configuration, and a fingerprint of every leaf: array
 files whose bytes were flipped on disk would otherwise be restored without a word.
 """
 
@@ -78,13 +78,27 @@ class Checkpoints:
         return max(scored, key=scored.get) if scored else None
 
     def save(
-        self, state: TrainState, samples: int, config: ConfigDict, metrics: dict[str, float]
+        self,
+        state: TrainState,
+        samples: int,
+        records: int,
+        config: ConfigDict,
+        metrics: dict[str, float],
     ) -> None:
-        """Starts writing `state`; a later `save` or `close` waits for it."""
+        """Starts writing `state`; a later `save` or `close` waits for it.
+
+        Args:
+          state: of a step.
+          samples: that the run has seen, its position in the data.
+          records: of the data, whose order depends on their number.
+          config: of the run.
+          metrics: of an evaluation at this step, else empty.
+        """
         step = int(state.step)
         record = {
             "step": step,
             "samples": samples,
+            "records": records,
             "config": json.loads(to_json(config)),
             "fingerprint": _fingerprint(state),
         }
@@ -97,7 +111,7 @@ class Checkpoints:
         )
 
     def record(self, step: int) -> dict[str, Any]:
-        """The JSON record of a step: step, samples, config, fingerprint."""
+        """The JSON record of a step: step, samples, records, config, fingerprint."""
         return self._manager.restore(
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         ).record

@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from jax.sharding import Mesh
 
 from declip_jax import augment, methods, optim
 from declip_jax.checkpoint import CheckpointError, Checkpoints, config_differences, to_json
-from declip_jax.data.pipeline import train_batches
-from declip_jax.data.sources import Source, open_source
+from declip_jax.data.pipeline import TrainBatches, train_batches
+from declip_jax.data.sources import Source, open_data
 from declip_jax.data.tokenizer import EOT, VOCAB_SIZE
 from declip_jax.encode import Encoder
 from declip_jax.evals import suite
@@ -126,7 +127,9 @@ class Setup:
         step = make_train_step(self.method, self.tx, self.schedule, self.frozen, self.config)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))
 
-    def batches(self, source: Source, start_sample: int = 0):
+    def batches(
+        self, source: Source, start_sample: int = 0, log: Callable[[str], Any] = print
+    ) -> TrainBatches:
         """This process's share of the batches that the method asks for; see `train_batches`."""
         config, views = self.config, self.method.views
         return train_batches(
@@ -146,6 +149,9 @@ class Setup:
             workers=config.data.workers,
             threads=config.data.threads,
             prefetch=config.data.prefetch,
+            max_bad_fraction=config.data.max_bad_fraction,
+            bad_window=config.data.bad_window,
+            log=log,
         )
 
 
@@ -174,7 +180,7 @@ def train(config, workdir: Path) -> TrainState:
     tasks = suite.build(config) if config.eval.every else []
     best_metric = config.checkpoint.best_metric
     check_best_metric(best_metric, tasks)
-    source = open_source(config.data.source, config.data.split)
+    source = open_data(config.data)
     setup.batches(source).close()  # refuses what does not fit the data before anything is written
 
     prepare_workdir(workdir)
@@ -194,19 +200,25 @@ def train(config, workdir: Path) -> TrainState:
             checkpoints.close()
             return state
         progress.say(f"Continuing {workdir} from step {latest} ({samples:,} pairs seen).")
+        before = record.get("records", len(source))
+        if before != len(source):
+            progress.say(
+                f"The data have changed: {len(source):,} records, {before:,} before. From here on "
+                "other samples come than would have come, and some of this epoch come again."
+            )
     (workdir / "config.json").write_text(to_json(config), encoding="utf-8")
     progress.say(clu.parameter_overview.get_parameter_overview(state.params))
     parameters = int(clu.parameter_overview.count_parameters(state.params))
     progress.say(
         f"{config.method}: {parameters:,} parameters, "
         f"{setup.mesh.size} × {setup.mesh.devices.flat[0].device_kind}, mesh "
-        f"{dict(setup.mesh.shape)}, {len(source):,} records in {config.data.source!r}."
+        f"{dict(setup.mesh.shape)}, {len(source):,} records in {source}."
     )
 
     step = int(state.step)
     train_step = setup.jit_train_step()
     encoder = Encoder(setup.method, config, setup.mesh)
-    batches = setup.batches(source, samples)
+    batches = setup.batches(source, samples, progress.say)
     writer = MetricWriter(workdir, step)
     meter = Meter(config.batch_size, config.total_steps)
     profile = Profile(config.profile.steps, workdir)
@@ -217,7 +229,7 @@ def train(config, workdir: Path) -> TrainState:
     def save_rest() -> None:
         if step != saved:
             check_finite(meter.report(step), step, workdir)
-            checkpoints.save(state, samples, config, {})
+            checkpoints.save(state, samples, len(source), config, {})
 
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
@@ -228,7 +240,7 @@ def train(config, workdir: Path) -> TrainState:
             waiting = time.perf_counter()
             try:
                 batch = next(batches)
-            except (ValueError, RuntimeError):  # a record that cannot be read, a worker killed
+            except (ValueError, RuntimeError):  # too many unusable records, a worker killed
                 if interrupt.asked:
                     break  # SIGTERM to the whole group of processes ends the workers at once
                 save_rest()
@@ -253,7 +265,7 @@ def train(config, workdir: Path) -> TrainState:
             saves = last or step % config.checkpoint.every == 0 or (evaluates and best_metric)
             if not (evaluates or saves or interrupt.asked or step % config.log_every == 0):
                 continue
-            scalars = meter.report(step)
+            scalars = meter.report(step) | batches.metrics()
             progress.show(step, scalars)
             check_finite(scalars, step, workdir)
             evaluation = {}
@@ -262,7 +274,7 @@ def train(config, workdir: Path) -> TrainState:
                 progress.say(f"Evaluation at step {step}:\n{table(evaluation)}")
             writer.write(step, scalars | evaluation)
             if saves:
-                checkpoints.save(state, samples, config, evaluation)
+                checkpoints.save(state, samples, len(source), config, evaluation)
                 saved = step
             meter.restart()
         save_rest()
@@ -337,6 +349,7 @@ def check_config(config, setup: Setup) -> None:
         "data.threads": 1,
         "data.workers": 0,
         "data.prefetch": 2,
+        "data.bad_window": 1,
         "loss.max_scale": 0,
         "eval.every": 0,
         "seed": 0,

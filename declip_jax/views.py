@@ -15,7 +15,6 @@ import sys
 import textwrap
 from typing import Any, NamedTuple
 
-import grain
 import instant_clip_tokenizer
 import jax
 import numpy as np
@@ -26,7 +25,8 @@ from ml_collections import ConfigDict
 
 from declip_jax.augment import augment, check_view
 from declip_jax.data.image import decode
-from declip_jax.data.sources import Source, open_source
+from declip_jax.data.order import Order
+from declip_jax.data.sources import Source, open_data
 from declip_jax.data.tokenizer import EOT, MASK
 from declip_jax.main import parse_flags  # and the flag --config
 from declip_jax.methods import Views
@@ -58,10 +58,8 @@ class Sample(NamedTuple):
     texts: list[list[tuple[str, str]]]
 
 
-class OneRecord:
+class OneRecord(Source):
     """A source of one record of another: the same sample over and over."""
-
-    class_names = ()
 
     def __init__(self, source: Source, index: int):
         self._source, self._index = source, index
@@ -74,6 +72,9 @@ class OneRecord:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._source[self._index]
+
+    def locate(self, index: int) -> str:
+        return self._source.locate(self._index)
 
 
 def draw_samples(config, records: int, draws: int) -> tuple[Views, list[Sample]]:
@@ -89,11 +90,11 @@ def draw_samples(config, records: int, draws: int) -> tuple[Views, list[Sample]]
     names = setup.method.views
     for name in names.image:
         check_view(name, config.views[name])
-    source = open_source(config.data.source, config.data.split)
+    source = open_data(config.data)
 
     # The order of train_batches. What is drawn for a sample depends on its number alone, so that of
     # a source with one record starts at this number too.
-    order = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
+    order = Order(source, config.seed)
     rows = [OneRecord(source, order[number]) for number in range(records)]
     batches = []
     for number, row in enumerate(rows):

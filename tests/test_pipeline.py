@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import json
 import multiprocessing
@@ -16,20 +17,20 @@ from ml_collections import ConfigDict
 from declip_jax.data import records
 from declip_jax.data.pipeline import eval_images, train_batches
 from declip_jax.data.scenes import Scenes
-from declip_jax.data.sources import open_source
+from declip_jax.data.sources import Source, open_source
 from declip_jax.data.tokenizer import EOT, MASK, SOT, tokenize
 
 VIEW = ConfigDict({"crop_scale": (0.2, 0.8), "crop_ratio": (0.5, 2.0)}).lock()
 
 
-class Numbered:
+class Numbered(Source):
     """Images that show their index in the first channel, and their crop in the others."""
 
     class_names = ("even", "odd")
 
-    def __init__(self, length, captions=3, damaged=None, synthetic=False):
+    def __init__(self, length, captions=3, damaged=(), captionless=(), synthetic=False):
         self._length, self._captions, self._damaged = length, captions, damaged
-        self._synthetic = synthetic
+        self._captionless, self._synthetic = captionless, synthetic
 
     def __str__(self):
         return "numbered"
@@ -40,7 +41,9 @@ class Numbered:
     def __getitem__(self, index):
         y, x = np.mgrid[:64, :64].astype(np.uint8)
         image = np.stack([np.full_like(x, index % 256), 4 * x, 4 * y], axis=-1)
-        if index == self._damaged:
+        if index in self._captionless:
+            raise records.BadRecord("no caption", f"of {index}")
+        if index in self._damaged:
             image = cv2.imencode(".jpg", image)[1].tobytes()[:-200]
         captions = [f"caption {i} of image {index}" for i in range(self._captions)]
         record = {"image": image, "captions": captions, "key": f"key {index}", "label": index % 2}
@@ -164,7 +167,7 @@ def test_other_text_views_leave_crops_and_captions_as_they_are(all_views):
     np.testing.assert_array_equal(more["tokens"][:, :1], plain["tokens"])
 
 
-class Lengths:
+class Lengths(Source):
     """Captions of so many tokens, start and end included; the synthetic ones have 9."""
 
     class_names = ()
@@ -260,11 +263,7 @@ def test_shards_share_each_batch(count, all_views):
     for step, batch in enumerate(whole):
         parts = [shard[step] for shard in shards]
         assert all(len(part["image"]) == 4 // count for part in parts)
-        union = joined(parts)
-        for name in ("image", "tokens", "mlm_labels"):
-            assert sorted(s.tobytes() for s in union[name]) == sorted(
-                s.tobytes() for s in batch[name]
-            )
+        assert_equal(joined(parts), batch)
 
 
 def test_a_run_continues_where_it_stopped(all_views):
@@ -284,7 +283,8 @@ def test_a_run_continues_with_other_batches_shards_and_workers(all_views):
     assert_equal(rest, {name: value[10:34] for name, value in whole.items()})
 
     half = joined(batches(source, 4, shard=(1, 2), **changes))
-    assert_equal(half, {name: value[11:34:2] for name, value in whole.items()})
+    second_halves = [10 + 6 * batch + row for batch in range(4) for row in (3, 4, 5)]
+    assert_equal(half, {name: value[second_halves] for name, value in whole.items()})
 
 
 def test_a_source_smaller_than_a_batch_comes_again():
@@ -333,33 +333,113 @@ def test_an_empty_source_is_refused():
         batches(Numbered(0), 1)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_record_that_cannot_be_read_is_fatal(workers):
-    source = Numbered(10, damaged=7)
-    with pytest.raises(ValueError, match=r"record 7 \(key 'key 7'\) of numbered.*Premature end"):
-        batches(source, 5, workers=workers)
-    with pytest.raises(ValueError, match=r"record 7 \(key 'key 7'\) of numbered"):
-        list(eval_images(source, resolution=8, resize=8, batch_size=4))
+@pytest.mark.parametrize("changes", [{}, {"workers": 2}, {"batch_size": 2}, {"start_sample": 4}])
+def test_a_record_that_cannot_be_used_is_replaced(changes, all_views):
+    """By the same one, whatever the run is cut into, and nothing else changes."""
+    whole = joined(batches(Numbered(10, synthetic=True), 15, **all_views))
+    settings = dict(max_bad_fraction=1.0, log=lambda line: None) | all_views
+    source = Numbered(10, damaged=(7, 2), synthetic=True)
+    expected = joined(batches(source, 15, **settings))
+    bad = np.isin(indices(whole), (7, 2))
+    assert bad.sum() == 12 and not np.isin(indices(expected), (7, 2)).any()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(value[~bad], whole[name][~bad])
+    assert len({*np.array(indices(expected))[bad]}) > 3  # not always the same in its place
+
+    batch = joined(batches(source, 8, **(settings | changes)))
+    first = changes.get("start_sample", 0)
+    samples = slice(first, first + len(batch["image"]))
+    assert_equal(batch, {name: value[samples] for name, value in expected.items()})
 
 
-def test_a_killed_worker_is_fatal():
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_could_not_be_used_is_counted_and_told(workers):
+    lines = []
+    source = Numbered(10, damaged=(7, 2), captionless=(3,))
+    settings = dict(text_views=("caption",), resolution=8, context=16, batch_size=4, seed=0)
+    settings |= dict(image_views=[VIEW], max_bad_fraction=1.0, workers=workers, log=lines.append)
+    with contextlib.closing(train_batches(source, **settings)) as stream:
+        assert stream.metrics() == {}
+        for _ in range(25):
+            next(stream)
+        metrics = stream.metrics()
+        assert metrics["data/pairs_per_s"] > 0
+        assert metrics["data/image_bytes"] == 64 * 64 * 3
+        # Each of the three comes ten times, and now and then in the place of another.
+        images, captions = metrics["data/bad/unreadable_image"], metrics["data/bad/no_caption"]
+        assert 20 <= images <= 40 and 10 <= captions <= 20
+        assert metrics["data/bad_share"] == (images + captions) / 100
+        assert stream.metrics() == {}
+        next(stream)
+        assert stream.metrics().get("data/bad/unreadable_image", 0) <= 4
+    assert len(lines) == 11 and lines[-1] == "Further records that cannot be used are only counted."
+    assert {line.split(":")[0] for line in lines[:-1]} == {
+        f"Cannot use record {index} of numbered" for index in (2, 3, 7)
+    }
+    assert any("Premature end" in line for line in lines)
+    assert any("no caption: of 3. Another replaces it." in line for line in lines)
+
+
+def test_too_many_that_cannot_be_used_end_the_run():
+    source = Numbered(10, damaged=(7,))
+    settings = dict(bad_window=40, log=lambda line: None, max_bad_fraction=0.25)
+    assert len(batches(source, 50, **settings)) == 50  # a tenth, and some replacements
+    words = (
+        r"records of the last .* samples of numbered cannot be used.*"
+        r"config.data.max_bad_fraction=0.05.*record 7 of numbered.*Premature end"
+    )
+    with pytest.raises(ValueError, match=words):
+        batches(source, 50, **(settings | {"max_bad_fraction": 0.05}))
+    # The first few of a run may be bad: it is a share of the window, not of what was seen.
+    batches(source, 2, **(settings | {"max_bad_fraction": 0.05}))
+    with pytest.raises(ValueError, match="config.data.max_bad_fraction=0 of a window"):
+        batches(source, 5, max_bad_fraction=0)
+
+
+def test_a_source_of_which_nothing_can_be_used_ends_the_run():
+    with pytest.raises(ValueError, match="10 records of numbered in a row.*Premature end"):
+        batches(Numbered(10, damaged=range(10)), 1, max_bad_fraction=1.0)
+
+
+def test_a_file_system_that_is_away_is_not_a_bad_record():
+    class Away(Numbered):
+        def __getitem__(self, index):
+            raise OSError(116, "Stale file handle")
+
+    with pytest.raises(ValueError, match=r"record \d of numbered: .*Stale file handle"):
+        batches(Away(10), 1)
+
+
+def test_evaluation_needs_every_record():
+    with pytest.raises(ValueError, match="record 7 of numbered cannot be read: .*Premature end"):
+        list(eval_images(Numbered(10, damaged=(7,)), resolution=8, resize=8, batch_size=4))
+
+
+class Deadly(Numbered):
+    def __getitem__(self, index):
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_killed_worker_is_fatal_and_its_records_are_named():
     generator = train_batches(
-        Numbered(10),
+        Deadly(10),
         image_views=[VIEW],
         text_views=("caption",),
         resolution=8,
         context=16,
         batch_size=4,
         seed=0,
+        threads=1,
         workers=2,
     )
-    next(generator)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="Worker process was terminated"):
+    with pytest.raises(ValueError, match="exit code -9.* had in hand: record 7 of numbered. If"):
         for _ in range(100):
             next(generator)
     assert next(generator, None) is None
     assert not multiprocessing.active_children()
+    generator.close()
 
 
 def test_eval_images_come_once_in_order():
@@ -458,9 +538,6 @@ def test_sources_that_cannot_be_opened(tmp_path):
     shard = tmp_path / records.shard_name("set", "train", 1, 2)
     shard.rename(tmp_path / "elsewhere")
     refused(tmp_path, "train", shard.name)
-    features = tmp_path / "features.json"
-    features.write_text(features.read_text().replace('"captions"', '"text"'))
-    refused(tmp_path, "train", "'image', 'key', 'text'.*'captions', 'image', 'key'")
 
 
 def test_a_damaged_shard_is_reported_by_record(tmp_path):
@@ -468,7 +545,7 @@ def test_a_damaged_shard_is_reported_by_record(tmp_path):
     shard = tmp_path / records.shard_name("set", "train", 1, 2)
     shard.write_bytes(shard.read_bytes()[:-100])
     source = open_source(str(tmp_path), "train")
-    with pytest.raises(ValueError, match=f"record [34] .*{tmp_path} split 'train'"):
+    with pytest.raises(ValueError, match=f"{shard}: record [01] cannot be read"):
         list(eval_images(source, resolution=8, resize=8, batch_size=8))
 
 

@@ -3,13 +3,17 @@
 import functools
 import gzip
 import importlib
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -199,6 +203,7 @@ def test_a_run_logs_what_it_should(run):
     names += " pairs_per_s pairs_per_s_per_device data_wait_share seconds_left"
     for row in rows:
         assert {f"train/{name}" for name in names.split()} <= row.keys()
+        assert {"data/pairs_per_s", "data/image_bytes", "data/bad_share"} <= row.keys()
         assert row["train/grad_norm"] > 0
     # Of 64 rows a step replaces 32; each sees the set as it was before.
     assert [row["train/nn_replaced"] for row in rows] == [0, 0.5, 1, 1]
@@ -296,6 +301,47 @@ def test_sigterm_saves_the_step_in_hand(tmp_path, monkeypatch):
     state = train(tiny(CLIP, {"checkpoint.every": 100}), tmp_path)
     assert int(state.step) == 1 and Checkpoints(tmp_path, read_only=True).steps() == [1]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def write_tar(path: Path, damaged: Sequence[int]) -> str:
+    """Twenty images with captions, a webdataset; of some the image is cut off."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for i in range(20):
+            image = cv2.imencode(".png", rng.integers(0, 256, (40, 48, 3), np.uint8))[1].tobytes()
+            files = {"png": image[:900] if i in damaged else image, "txt": b"a picture"}
+            for extension, content in files.items():
+                info = tarfile.TarInfo(f"{i:03}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def test_bad_records_are_counted_and_do_not_stop_the_run(tmp_path, capsys):
+    fields = {"data.source": write_tar(tmp_path / "a.tar", damaged=(3, 4)), "total_steps": 2}
+    train(tiny(CLIP, fields), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert sum(row.get("data/bad/unreadable_image", 0) for row in rows) >= 2
+    said = capsys.readouterr().out
+    assert re.search(r"Cannot use .*a\.tar: 003: .*Another replaces it", said)
+
+
+def test_too_many_bad_records_stop_the_run_with_a_checkpoint(tmp_path):
+    fields = {"data.source": write_tar(tmp_path / "a.tar", damaged=(3, 4, 5)), "total_steps": 50}
+    fields |= {"data.bad_window": 100, "data.max_bad_fraction": 0.05, "checkpoint.every": 100}
+    with pytest.raises(ValueError, match="config.data.max_bad_fraction=0.05.*a.tar: 00[345]"):
+        train(tiny(CLIP, fields), tmp_path / "run")
+    (step,) = Checkpoints(tmp_path / "run", read_only=True).steps()
+    assert 1 <= step < 8
+
+
+def test_data_that_changed_are_told_of(tmp_path, capsys):
+    fields = {"data.source": "scenes", "data.split": "train[:100]", "total_steps": 2}
+    train(tiny(CLIP, fields), tmp_path / "run")
+    assert "The data have changed" not in capsys.readouterr().out
+    fields |= {"data.split": "train[:90]", "total_steps": 3}
+    train(tiny(CLIP, fields), tmp_path / "run")
+    assert "The data have changed: 90 records, 100 before." in capsys.readouterr().out
 
 
 def test_loss_that_is_no_number_stops_the_run(tmp_path):

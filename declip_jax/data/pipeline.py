@@ -5,9 +5,13 @@ Sample number n is a function of the seed, the source and n alone: not of the ba
 of processes, or where a run was interrupted.
 """
 
+import contextlib
+import faulthandler
 import functools
 import os
 import signal
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,9 +21,14 @@ import numpy as np
 from absl import flags
 
 from declip_jax.data.image import random_resized_crop, resize_centre_crop
-from declip_jax.data.sources import Source
+from declip_jax.data.monitor import BadRecords, Busy, InHand, Report
+from declip_jax.data.order import Order
+from declip_jax.data.records import BadRecord
+from declip_jax.data.sources import Mixture, Source
 from declip_jax.data.text import augment, check_eda, load_synonyms, mask_tokens
 from declip_jax.data.tokenizer import EOT, tokenize
+
+_ATTEMPTS = 10  # records tried for a sample, each in place of one that cannot be used
 
 TEXT_VIEWS = (
     "caption",  # one of the image's captions
@@ -47,11 +56,15 @@ def train_batches(
     workers: int = 0,
     threads: int = 16,
     prefetch: int = 4,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Batches without end, made ahead of use. Close it in the end; after an error it has ended.
+    max_bad_fraction: float = 0.01,
+    bad_window: int = 10_000,
+    log: Callable[[str], Any] = print,
+) -> "TrainBatches":
+    """Batches without end, made ahead of use.
 
     A batch may cross the end of an epoch: no record is left out, and a source smaller than a batch
-    comes more than once in it.
+    comes more than once in it. A record that cannot be used is replaced by another of the same
+    source, which follows from the seed and the sample's number.
 
     Args:
       source: where the records come from.
@@ -72,27 +85,28 @@ def train_batches(
       workers: processes that make batches; 0 makes them in threads of this process.
       threads: images decoded at a time, in each process.
       prefetch: batches made ahead, in each process; at least 2.
+      max_bad_fraction: the stream ends with an error if more records than this share of the last
+        `bad_window` samples had to be replaced.
+      bad_window: samples.
+      log: takes lines for the user: the first records that had to be replaced.
 
     Returns:
-      A generator of {"image": uint8 [B, V, R, R, 3], "tokens": int32 [B, T, L]} and, with the text
-      view "masked", "mlm_labels": int32 [B, L], see `mask_tokens`; B = batch_size / count.
+      An iterator of {"image": uint8 [B, V, R, R, 3], "tokens": int32 [B, T, L]} and, with the text
+      view "masked", "mlm_labels": int32 [B, L], see `mask_tokens`; B = batch_size / count. Shards,
+      one after the other, are the whole batch.
 
     Raises:
       ValueError: an empty source, one without the synthetic captions or the synonyms that a text
         view needs, an unknown text view, a number out of range, or a batch size that does not
-        divide by the number of shards; while it runs, a record that cannot be read, by source,
-        index and key.
-      RuntimeError: while it runs, a worker that was killed.
+        divide by the number of shards.
     """
     if not set(text_views) <= set(TEXT_VIEWS) or len(set(text_views)) < len(text_views):
         raise ValueError(f"text views {tuple(text_views)} must be different ones of {TEXT_VIEWS}.")
     if not len(source):
         raise ValueError(f"{source} is empty.")
-    if "synthetic" in text_views and "synthetic" not in source[0]:
-        raise ValueError(
-            f"{source} has no synthetic captions, which this method learns from: prepare the data "
-            "set again with --synthetic-column, --synthetic-field or --synthetic-template."
-        )
+    if "synthetic" in text_views:
+        for part in source.sources if isinstance(source, Mixture) else (source,):
+            _check_synthetic(part)
     if "augmented" in text_views:
         check_eda(eda, synonyms)
     uses_synonyms = "augmented" in text_views and "synonym" in eda
@@ -104,11 +118,14 @@ def train_batches(
             f"config.data.token_lengths={tuple(token_lengths)} must be even numbers of at least 4, "
             "each larger than the one before, or () to keep all batches as long as the context."
         )
+    if not 0 <= max_bad_fraction <= 1:
+        raise ValueError(f"config.data.max_bad_fraction={max_bad_fraction} must lie in 0 … 1.")
     least = {"seed": (seed, 0), "workers": (workers, 0), "threads": (threads, 1)}
+    least["bad_window"] = (bad_window, 1)
     for name, (value, minimum) in least.items():
         if value < minimum:
             raise ValueError(f"{name}={value} must be at least {minimum}.")
-    index, count = shard
+    part, count = shard
     if batch_size % count:
         raise ValueError(f"batch_size={batch_size} does not divide by the {count} processes.")
     full_length = context + (context % 2 if token_lengths else 0)
@@ -116,65 +133,171 @@ def train_batches(
     if not flags.FLAGS.is_parsed():  # outside of absl.app.run; grain reads its own flags
         flags.FLAGS.mark_as_parsed()
 
-    def make_batch(samples: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
-        shape = (len(samples), len(image_views), resolution, resolution, 3)
-        images = np.empty(shape, np.uint8)
+    share = batch_size // count
+    order = Order(source, seed)
+    in_hand = InHand(threads) if workers else None
+
+    def make_batch(step: int) -> tuple[dict[str, np.ndarray], Report]:
+        first = start_sample + step * batch_size + part * share
+        images = np.empty((share, len(image_views), resolution, resolution, 3), np.uint8)
         synonyms_of = load_synonyms(synonyms) if uses_synonyms else {}
+        bad: list[tuple[int, str, str]] = []
+        image_bytes = np.zeros(share, np.int64)
 
-        def fill(row: int, record: dict[str, Any]) -> tuple[list[str], np.random.Generator]:
-            rng = np.random.default_rng((seed, samples[row][0]))
-            images[row] = random_resized_crop(record["image"], image_views, rng, resolution)
-            caption = _draw(record["captions"], rng)
-            texts = {"caption": caption, "masked": caption}
-            if "augmented" in text_views:
-                texts["augmented"] = augment(caption, eda, synonyms_of, rng)
-            if "synthetic" in text_views:
-                texts["synthetic"] = _draw(record["synthetic"], rng)
-            return [texts[name] for name in text_views], rng
+        def fill(row: int) -> tuple[list[str], np.random.Generator]:
+            for attempt in range(_ATTEMPTS):
+                sample = first + row
+                index = order.replacement(sample, attempt) if attempt else order[sample]
+                rng = np.random.default_rng((seed, sample))
+                try:
+                    with in_hand(index) if in_hand else contextlib.nullcontext():
+                        record = source[index]
+                        image = record["image"]
+                        images[row] = random_resized_crop(image, image_views, rng, resolution)
+                except ValueError as error:
+                    reason = error.reason if isinstance(error, BadRecord) else "unreadable image"
+                    bad.append((index, reason, str(error)))
+                    continue
+                except Exception as error:
+                    raise ValueError(
+                        f"{source.locate(index)}: reading it failed with {error!r}."
+                    ) from error
+                image_bytes[row] = len(image) if isinstance(image, bytes) else image.nbytes
+                caption = _draw(record["captions"], rng)
+                texts = {"caption": caption, "masked": caption}
+                if "augmented" in text_views:
+                    texts["augmented"] = augment(caption, eda, synonyms_of, rng)
+                if "synthetic" in text_views:
+                    texts["synthetic"] = _draw(record["synthetic"], rng)
+                return [texts[name] for name in text_views], rng
+            raise ValueError(
+                f"{_ATTEMPTS} records of {source} in a row cannot be used, the last of them "
+                f"{source.locate(index)}: {bad[-1][-1]}."
+            )
 
-        rows = _map_records(fill, source, [record for _, record in samples], threads)
-        tokens = np.zeros((len(samples), len(text_views), full_length), np.int32)
-        ids = tokenize([text for texts, _ in rows for text in texts], context)
-        tokens[..., :context] = ids.reshape(*tokens.shape[:2], context)  # [B * T, …] -> [B, T, …]
-        longest = 1 + (tokens == EOT).argmax(-1).max()
-        tokens = tokens[..., : next(n for n in lengths if n >= longest)]
-        batch = {"image": images, "tokens": tokens}
-        if "masked" in text_views:
-            masked = tokens[:, text_views.index("masked")]  # [B, L], a view
-            batch["mlm_labels"] = np.empty_like(masked)
-            for row, (_, rng) in enumerate(rows):
-                masked[row], batch["mlm_labels"][row] = mask_tokens(masked[row], mask_rate, rng)
-        return batch
+        with _busy():
+            rows = list(_pool(threads).map(fill, range(share)))
+            ids = tokenize([text for texts, _ in rows for text in texts], context)
+            tokens = np.zeros((share, len(text_views), full_length), np.int32)
+            tokens[..., :context] = ids.reshape(
+                *tokens.shape[:2], context
+            )  # [B * T, …] -> [B, T, …]
+            longest = 1 + (tokens == EOT).argmax(-1).max()
+            tokens = tokens[..., : next(n for n in lengths if n >= longest)]
+            batch = {"image": images, "tokens": tokens}
+            if "masked" in text_views:
+                masked = tokens[:, text_views.index("masked")]  # [B, L], a view
+                batch["mlm_labels"] = np.empty_like(masked)
+                for row, (_, rng) in enumerate(rows):
+                    masked[row], batch["mlm_labels"][row] = mask_tokens(masked[row], mask_rate, rng)
+            return batch, Report(sorted(bad), _busy().take(), int(image_bytes.sum()))
 
     dataset = (
-        grain.MapDataset.range(len(source))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .map_with_index(lambda sample, record: (sample, record))
-        # After the repetition: a source that does not divide by the number of shards would give
-        # them epochs of different lengths, and they would drift apart.
-        .slice(slice(start_sample + index, None, count))
-        .batch(batch_size // count, drop_remainder=True, batch_fn=list)
+        grain.MapDataset.range((sys.maxsize - start_sample) // batch_size)
         .map(make_batch)
         # Two batches at a time: one has images to decode when the other runs out of them.
         .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch))
         .mp_prefetch(
             grain.MultiprocessingOptions(workers, per_worker_buffer_size=1),
-            worker_init_fn=_ignore_interrupts if workers else None,
+            worker_init_fn=_start_worker if workers else None,
         )
     )
-    return _iterate(dataset)
+    bad_records = BadRecords(source, max_bad_fraction, bad_window, log)
+    return TrainBatches(dataset, source, bad_records, in_hand, processes=max(workers, 1) * count)
+
+
+class TrainBatches(Iterator[dict[str, np.ndarray]]):
+    """The batches of `train_batches`. Close it in the end; after an error it has ended.
+
+    Iterating raises ValueError for too many records that cannot be used, for one that the file
+    system does not give, and for a worker that was killed, with the records that it had in hand.
+    """
+
+    def __init__(
+        self,
+        dataset: grain.IterDataset,
+        source: Source,
+        bad: BadRecords,
+        in_hand: InHand | None,
+        processes: int,
+    ):
+        self._batches = _iterate(dataset)  # starts nothing yet
+        self._source, self._bad, self._in_hand, self._processes = source, bad, in_hand, processes
+        self._reports: list[tuple[int, Report]] = []
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        try:
+            batch, report = next(self._batches)
+        except RuntimeError as error:
+            lost = self._in_hand.of_dead_workers() if self._in_hand else []
+            if not lost:
+                raise
+            places = "; ".join(self._source.locate(index) for index in lost)
+            raise ValueError(
+                f"{error} It had in hand: {places}. If memory ran out, use fewer "
+                "config.data.workers or config.data.threads; else one of these records crashes the "
+                "decoder: prepare the data without it."
+            ) from error
+        samples = len(batch["image"])
+        self._reports.append((samples, report))
+        try:
+            self._bad.add(samples, report.bad)
+        except ValueError:
+            self.close()
+            raise
+        return batch
+
+    def metrics(self) -> dict[str, float]:
+        """Of the batches since the last call, in this process' share of them.
+
+        Returns:
+          data/pairs_per_s: what the pipeline makes while it works, over all processes.
+          data/image_bytes: mean size of an encoded image.
+          data/bad_share: records that had to be replaced, and data/bad/<reason>: how many.
+        """
+        if not self._reports:
+            return {}
+        samples = sum(count for count, _ in self._reports)
+        reports = [report for _, report in self._reports]
+        reasons = Counter(
+            reason.replace(" ", "_") for report in reports for _, reason, _ in report.bad
+        )
+        self._reports = []
+        return {
+            "data/pairs_per_s": samples / sum(r.seconds for r in reports) * self._processes,
+            "data/image_bytes": sum(r.image_bytes for r in reports) / samples,
+            "data/bad_share": reasons.total() / samples,
+            **{f"data/bad/{reason}": count for reason, count in reasons.items()},
+        }
+
+    def close(self) -> None:
+        self._batches.close()
+        if self._in_hand:
+            self._in_hand.close()
+
+
+def _check_synthetic(source: Source) -> None:
+    for index in range(min(len(source), _ATTEMPTS)):
+        with contextlib.suppress(BadRecord):
+            if "synthetic" in source[index]:
+                return
+            raise ValueError(
+                f"{source} has no synthetic captions, which this method learns from: name them in "
+                "config.data.columns.synthetic, or prepare the data set again with "
+                "--synthetic-column, --synthetic-field or --synthetic-template, or with python -m "
+                "declip_jax.prepare captions."
+            )
 
 
 def _draw(texts: Sequence[str], rng: np.random.Generator) -> str:
     return texts[rng.integers(len(texts))]
 
 
-def _ignore_interrupts(index: int, count: int) -> None:
-    # A terminal sends Ctrl-C to all processes; the main one decides, and still needs its batches.
+def _start_worker(index: int, count: int) -> None:
     del index, count
+    # A terminal sends Ctrl-C to all processes; the main one decides, and still needs its batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
 
 
 def eval_images(
@@ -205,11 +328,19 @@ def eval_images(
         indices = [place * len(source) // count for place in places]
         images = np.empty((len(indices), resolution, resolution, 3), np.uint8)
 
-        def fill(row: int, record: dict[str, Any]) -> dict[str, Any]:
-            images[row] = resize_centre_crop(record["image"], resize, resolution)
+        def fill(row: int, index: int) -> dict[str, Any]:
+            try:
+                record = source[index]
+                images[row] = resize_centre_crop(record["image"], resize, resolution)
+            except ValueError as error:
+                raise ValueError(
+                    f"{source.locate(index)} cannot be read: {error}. Evaluation needs every "
+                    "record: prepare the data with python -m declip_jax.prepare, which leaves out "
+                    "what cannot be decoded."
+                ) from error
             return {name: value for name, value in record.items() if name != "image"}
 
-        rows = _map_records(fill, source, indices, threads=os.cpu_count())
+        rows = list(_pool(os.cpu_count()).map(fill, range(len(indices)), indices))
         batch = {"image": images}
         batch["captions"] = [row["captions"] for row in rows]
         batch["key"] = [row["key"] for row in rows]
@@ -226,33 +357,15 @@ def eval_images(
     return _iterate(dataset)
 
 
-def _map_records(
-    function: Callable[[int, dict[str, Any]], Any],
-    source: Source,
-    indices: Sequence[int],
-    threads: int,
-) -> list:
-    """[function(0, source[indices[0]]), function(1, source[indices[1]]), ...], many at a time."""
-
-    def call(row: int, index: int):
-        key = None
-        try:
-            record = source[index]
-            key = record["key"]
-            return function(row, record)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"record {index} (key {key!r}) of {source} cannot be read: {error}. Prepare the "
-                "data set again; records that cannot be decoded are then left out."
-            ) from error
-
-    return list(_pool(threads).map(call, range(len(indices)), indices))
-
-
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     # One in each process. The decoders and resizing release the GIL.
     return ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+
+@functools.cache
+def _busy() -> Busy:
+    return Busy()  # of this process
 
 
 def _iterate(dataset: grain.IterDataset) -> Iterator[dict[str, Any]]:

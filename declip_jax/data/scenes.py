@@ -28,6 +28,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from declip_jax.data.sources.base import Source
+
 SHAPES = "circle square triangle star heart ring crescent cross arrow diamond".split()
 COLOURS = {
     "red": (215, 30, 35),
@@ -290,7 +292,7 @@ def _coverage(mask: np.ndarray, side: int) -> np.ndarray:
     return cv2.resize(mask, (side, side), interpolation=cv2.INTER_AREA) * np.float32(1 / 255)
 
 
-class Scenes:
+class Scenes(Source):
     """Random access to the records of one split, images of `size` x `size` pixels.
 
     Of a split "train[:1000]" is the first 1,000, as in TFDS.
@@ -313,6 +315,9 @@ class Scenes:
         self.split = name
         self.size = size
         self.class_names = CLASS_NAMES if name == "zeroshot" else ()
+
+    def __str__(self) -> str:
+        return f"scenes {self.split!r}"
 
     def __len__(self) -> int:
         return self._length

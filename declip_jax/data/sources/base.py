@@ -33,11 +33,14 @@ class Source(Protocol):
     Attributes:
       class_names: by label; empty without classes.
       blocks: int64, the first record of each part that is read as a whole, ascending from 0; None
-        if any record can be read alone. Training reads records of a block at nearly the same time.
+        if any record can be read alone.
+      blocks_together: training reads the records of so many blocks at nearly the same time; a
+        source keeps twice as many.
     """
 
     class_names: tuple[str, ...] = ()
     blocks: np.ndarray | None = None
+    blocks_together: int = 1
 
     def __len__(self) -> int: ...
 

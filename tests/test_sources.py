@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from declip_jax.data import sources
+from declip_jax.data.scenes import Scenes
+from declip_jax.data.sources.derived import Part, part_of
+from tests.test_order import Fake
+
+
+def data(**changes) -> ConfigDict:
+    settings = common.get_config().data
+    settings.update(**changes)
+    return settings
+
+
+def test_parts():
+    source = Fake(10)
+    assert part_of(source, "train") is source and part_of(source, "train[:]") is source
+    assert part_of(source, "test[:100%]") is source and part_of(source, "[:20]") is source
+    for split, first, last in (("train[:3]", 0, 3), ("x[3:]", 3, 10), ("[20%:50%]", 2, 5)):
+        part = part_of(source, split)
+        assert len(part) == last - first and str(part) == f"fake [{first}:{last}]"
+        assert part[0] == source[first] and part[last - first - 1] == source[last - 1]
+        assert part.locate(1) == f"record {first + 1} of fake"
+        with pytest.raises(IndexError):
+            part[last - first]
+        with pytest.raises(IndexError):
+            part[-1]
+    for split in ("train[3]", "train[:-1]", "train[:3", "a b", "train[5:5]", "train[10:]"):
+        with pytest.raises(ValueError, match="of fake"):
+            part_of(source, split)
+
+
+def test_parts_of_blocks():
+    blocks = np.array([0, 5, 5, 12, 40])
+    for first, last, expected in ((0, 50, blocks), (6, 50, [0, 6, 34]), (5, 12, [0]), (7, 9, [0])):
+        part = Part(Fake(50, blocks, 3), first, last)
+        assert part.blocks_together == 3
+        sizes = np.diff(part.blocks, append=len(part))
+        assert sizes.sum() == last - first and part.blocks[0] == 0
+        assert sorted({*part.blocks}) == sorted({*expected})
+
+
+def test_one_source():
+    source = sources.open_data(data(source="scenes", split="train[:9]"))
+    assert isinstance(source, Scenes) and len(source) == 9
+
+
+def test_a_mixture():
+    mixture = (
+        dict(source="scenes", split="train[:6]", weight=3),
+        dict(source="scenes", split="test[:4]", weight=1),
+    )
+    source = sources.open_data(data(mixture=mixture))
+    assert len(source) == 10 and source.slots.tolist() == [7500, 2500]
+    assert source[5]["key"] == Scenes("train")[5]["key"]
+    assert source[6]["key"] == Scenes("test")[0]["key"]
+    assert source.locate(7) == Scenes("test[:4]").locate(1)
+    assert source.class_names == ()
+    with pytest.raises(IndexError):
+        source[10]
+
+
+def test_without_weights_every_record_counts_the_same():
+    mixture = (dict(source="scenes", split="train[:6]"), dict(source="scenes", split="test[:2]"))
+    assert sources.open_data(data(mixture=mixture)).slots.tolist() == [7500, 2500]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({}, "config.data.source is empty.*prepare"),
+        ({"source": "scenes", "mixture": ({"source": "scenes"},)}, "both set"),
+        ({"mixture": ({"sorce": "scenes"},)}, "no field 'sorce'; did you mean 'source'"),
+        ({"mixture": ({"weight": 1.0},)}, "has no 'source'"),
+        (
+            {"mixture": ({"source": "scenes", "columns": {"caption": ("a",)}},)},
+            "did you mean 'captions'",
+        ),
+        (
+            {"mixture": ({"source": "scenes", "weight": 1.0}, {"source": "scenes"})},
+            "every source a 'weight', or none",
+        ),
+        ({"source": "nowhere"}, "'nowhere' is not 'scenes'.*prepare"),
+    ],
+)
+def test_what_cannot_be_opened(changes, words):
+    with pytest.raises(ValueError, match=words):
+        sources.open_data(data(**changes))
+
+
+def test_a_folder_without_data_is_refused_with_what_it_has(tmp_path):
+    (tmp_path / "notes.md").write_text("nothing")
+    with pytest.raises(ValueError, match=r"that folder has \['notes.md'\]"):
+        sources.open_source(str(tmp_path), "train")
