@@ -1,8 +1,9 @@
 """Checkpoints: the training state, the position in the data, and the configuration.
 
 Orbax writes asynchronously and atomically. Beside the arrays lies a small JSON record with the
-step, the number of samples seen, that of all records, the whole configuration, and a fingerprint of every leaf: array
-files whose bytes were flipped on disk would otherwise be restored without a word.
+step, the number of samples seen, the number of records they come from, the whole configuration,
+and a fingerprint of every leaf: array files whose bytes were flipped on disk would otherwise be
+restored without a word.
 """
 
 import json

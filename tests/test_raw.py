@@ -4,6 +4,7 @@ import zipfile
 import pytest
 
 from declip_jax.data import raw
+from declip_jax.data.records import BadRecord
 
 
 def make_zip(path, members: dict[str, bytes]) -> raw.Files:
@@ -217,7 +218,7 @@ def test_zip_members_cannot_lead_out(tmp_path):
     assert sorted(refused(index)) == sorted((name, "unsafe name") for name in names[:3])
     for place in (files, raw.Files(str(tmp_path / "inner"))):
         for name in names[:3]:
-            with pytest.raises(raw.Refused, match="unsafe name"):
+            with pytest.raises(BadRecord, match="unsafe name"):
                 place.read(name)
     assert sorted(path.name for path in (tmp_path / "inner").iterdir()) == ["x.zip"]
 
@@ -237,7 +238,7 @@ def test_large_files_are_not_read(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").write_bytes(b"x" * 11)
     archive = make_zip(tmp_path / "x.zip", {"a.jpg": b"x" * 11})
     for files in (archive, raw.Files(str(tmp_path))):
-        with pytest.raises(raw.Refused, match="file too large: 11 bytes"):
+        with pytest.raises(BadRecord, match="file too large: 11 bytes"):
             files.read("a.jpg")
 
 
@@ -245,7 +246,7 @@ def test_damaged_zip_member(tmp_path):
     make_zip(tmp_path / "x.zip", {"a.jpg": b"abcdefgh"})
     data = (tmp_path / "x.zip").read_bytes()
     (tmp_path / "x.zip").write_bytes(data.replace(b"abcdefgh", b"abcdefgx"))
-    with pytest.raises(raw.Refused, match="unreadable image: .*CRC"):
+    with pytest.raises(BadRecord, match="unreadable image: .*CRC"):
         raw.Files(str(tmp_path / "x.zip")).read("a.jpg")
 
 
@@ -253,7 +254,7 @@ def test_missing_images(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     for files in (make_zip(tmp_path / "x.zip", {"b.jpg": b""}), raw.Files(str(tmp_path))):
         for name in ("a.jpg", "folder.jpg", "a" * 300, "x.zip/b.jpg"):
-            with pytest.raises(raw.Refused, match="missing image"):
+            with pytest.raises(BadRecord, match="missing image"):
                 files.read(name)
 
 

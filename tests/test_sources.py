@@ -11,7 +11,7 @@ from tests.test_order import Fake
 
 def data(**changes) -> ConfigDict:
     settings = common.get_config().data
-    settings.update(**changes)
+    settings.update_from_flattened_dict(changes)
     return settings
 
 
@@ -82,6 +82,10 @@ def test_without_weights_every_record_counts_the_same():
         (
             {"mixture": ({"source": "scenes", "weight": 1.0}, {"source": "scenes"})},
             "every source a 'weight', or none",
+        ),
+        (
+            {"source": "scenes", "columns.captions": ("txt",)},
+            r"config.data.columns.captions=\('txt',\): the fields of 'scenes' have fixed names",
         ),
         ({"source": "nowhere"}, "'nowhere' is not 'scenes'.*prepare"),
     ],

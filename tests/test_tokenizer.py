@@ -78,3 +78,9 @@ def test_unicode_ids_are_in_range():
     tokens = tokenize(texts, 77)
     assert tokens.min() >= 0 and tokens.max() == EOT
     assert ((tokens == EOT).sum(axis=1) == 1).all()
+
+
+def test_of_a_huge_text_only_the_beginning_is_read():
+    for word in ("dog ", "é & ", "日本", "\n"):
+        text = "a " + word * (10_000_000 // len(word))
+        np.testing.assert_array_equal(tokenize([text], 77), tokenize([text[:9000]], 77))

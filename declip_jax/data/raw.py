@@ -7,6 +7,7 @@ without opening an image. What is not usable is refused one by one, with a reaso
 import csv
 import errno
 import io
+import itertools
 import json
 import lzma
 import os
@@ -16,29 +17,29 @@ import stat
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO
+
+from declip_jax.data.records import BadRecord
 
 MAX_IMAGE_BYTES = 256 << 20
 MAX_CAPTIONS_BYTES = 32 << 30  # of a captions file inside a zip archive
+MAX_LINE = 16 << 20  # characters of a captions file without a line end
+MAX_CAPTION = 1 << 20  # characters
 
 
 class InputError(ValueError):
     """Something the user has to change."""
 
 
-class Refused(Exception):
-    """An image, caption or row that is left out: `reason` is counted, `detail` is listed."""
+Refusal = dict[str, str]  # {"key": …, "reason": …, "detail": …}, a line of refused-<split>.jsonl
 
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
 
-    def entry(self, key: str) -> dict[str, str]:
-        """For the list of what was refused; `key` names the image, or else the line."""
-        key = key.encode(errors="backslashreplace").decode()  # it may be refused for its encoding
-        return {"key": key, "reason": self.reason, "detail": self.detail}
+def refusal(key: str, error: BadRecord) -> Refusal:
+    """What is listed of an image, caption or row that is left out; `key` may name a line."""
+    key = key.encode(errors="backslashreplace").decode()  # it may be refused for its encoding
+    return {"key": key, "reason": error.reason, "detail": error.detail}
 
 
 class Item(NamedTuple):
@@ -50,12 +51,14 @@ class Item(NamedTuple):
 
 class Index(NamedTuple):
     items: list[Item]
-    refused: list[dict[str, str]]
+    refused: list[Refusal]
     class_names: list[str]  # by label; empty without classes
 
 
 class Files:
     """Files by name, in a folder or in a zip archive, from which nothing is ever extracted.
+
+    It can be pickled, for worker processes: each of them opens the archive itself.
 
     Args:
       root: the folder or the archive.
@@ -87,29 +90,32 @@ class Files:
                 f"--subfolder {subfolder}: not in {root}, which has {sorted(folders)[:10]}"
             )
 
+    def __reduce__(self):
+        return Files, (self.root, self.subfolder)
+
     def path(self, name: str) -> str:
         """Where `name` is below the root; names that lead out of it are refused."""
         if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-            raise Refused("unsafe name", "an absolute path, or one with '..'")
+            raise BadRecord("unsafe name", "an absolute path, or one with '..'")
         return posixpath.normpath(posixpath.join(self.subfolder, name))
 
     def read(self, name: str) -> bytes:
         """The bytes of a file.
 
         Raises:
-          Refused: it is not there, leads out of the root, is too large or damaged in the archive.
+          BadRecord: it is not there, leads out of the root, is too large or damaged in the archive.
         """
         path = self.path(name)
         if self.zip:
             try:
                 member = self.zip.getinfo(path)
             except KeyError:
-                raise Refused("missing image", f"no {path} in {self.root}") from None
+                raise BadRecord("missing image", f"no {path} in {self.root}") from None
             self._check_size(member.file_size)
             try:
                 return self.zip.read(member)  # at most file_size bytes, whatever is packed
             except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError) as e:
-                raise Refused("unreadable image", f"{path} in {self.root}: {e}") from None
+                raise BadRecord("unreadable image", f"{path} in {self.root}: {e}") from None
         path = os.path.join(self.root, path)
         try:
             status = os.stat(path)
@@ -117,15 +123,15 @@ class Files:
             # Other errors (a file server that is away, say) must not pass for missing images.
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
                 raise
-            raise Refused("missing image", f"no file {path}") from None
+            raise BadRecord("missing image", f"no file {path}") from None
         if not stat.S_ISREG(status.st_mode):
-            raise Refused("missing image", f"{path} is not a file")
+            raise BadRecord("missing image", f"{path} is not a file")
         self._check_size(status.st_size)
         return Path(path).read_bytes()
 
     def _check_size(self, size: int) -> None:
         if size > MAX_IMAGE_BYTES:
-            raise Refused("file too large", f"{size:,} bytes, at most {MAX_IMAGE_BYTES:,}")
+            raise BadRecord("file too large", f"{size:,} bytes, at most {MAX_IMAGE_BYTES:,}")
 
     def open_text(self, name: str) -> io.TextIOWrapper:
         """A text file, on disk or else in the archive; what is not UTF-8 becomes surrogates."""
@@ -181,16 +187,18 @@ class _Captions:
         self.needs_synthetic = synthetic
         self.by_key: dict[str, list[str]] = {}
         self.synthetic: dict[str, list[str]] = {}
-        self.refused: list[dict[str, str]] = []
+        self.refused: list[Refusal] = []
 
     def refuse(self, key: str, reason: str, detail: str) -> None:
-        self.refused.append(Refused(reason, detail).entry(key))
+        self.refused.append(refusal(key, BadRecord(reason, detail)))
 
     def add(self, line: str, key: str, caption: str, synthetic: str = "") -> None:
         if not is_utf8(key + caption + synthetic):
             self.refuse(line, "not UTF-8", f"image {key!r}")
         elif not key:
             self.refuse(line, "bad row", "no image name")
+        elif max(len(key), len(caption), len(synthetic)) > MAX_CAPTION:
+            self.refuse(line, "caption too long", f"at most {MAX_CAPTION:,} characters")
         else:
             captions = self.by_key.setdefault(key, [])
             if caption.strip():
@@ -214,6 +222,89 @@ class _Captions:
         return Index(items, self.refused, [])
 
 
+def _lines(stream: TextIO, name: str) -> Iterator[str]:
+    for number in itertools.count(1):
+        line = stream.readline(MAX_LINE)
+        if len(line) == MAX_LINE:
+            raise InputError(
+                f"{name}: line {number} has more than {MAX_LINE:,} characters; is it a text file?"
+            )
+        if not line:
+            return
+        yield line
+
+
+def csv_rows(
+    stream: TextIO, name: str, columns: Mapping[str, str], refuse: Callable[[str, str, str], None]
+) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a CSV file with a header, as "line <number>" and the values of some columns.
+
+    Args:
+      stream: the file.
+      name: what messages call it, such as "--captions rows.csv".
+      columns: {the flag that names a column: the column}.
+      refuse: called with line, reason and detail of a row that cannot be used.
+
+    Raises:
+      InputError: it lacks one of the columns, or is no text.
+    """
+    rows = csv.reader(_lines(stream, name), strict=True)
+    try:
+        header = next(rows, [])
+    except csv.Error as error:
+        raise InputError(f"{name}: not CSV ({error})") from None
+    for flag, column in columns.items():
+        if column not in header:
+            raise InputError(
+                f"{name}: no column {column!r} among {header}; name the right one with {flag}"
+            )
+    places = [header.index(column) for column in columns.values()]
+    while True:
+        first = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # An open quote swallows the lines that follow, hence the range.
+            refuse(f"lines {first}-{rows.line_num}", "bad row", str(error))
+            continue
+        if len(row) == len(header):
+            yield f"line {first}", [row[place] for place in places]
+        elif row:  # and not just a blank line
+            detail = f"{len(row)} fields, but {len(header)} columns"
+            refuse(f"line {first}", "bad row", detail)
+
+
+def jsonl_rows(
+    stream: TextIO, name: str, fields: Sequence[str], refuse: Callable[[str, str, str], None]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file with one a line, as "line <number>" and the object.
+
+    Args:
+      stream, name, refuse: see `csv_rows`.
+      fields: an object without texts of these names is refused.
+
+    Raises:
+      InputError: it is no text.
+    """
+    for number, text in enumerate(_lines(stream, name), start=1):
+        line = f"line {number}"
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            refuse(line, "bad JSON" if is_utf8(text) else "not UTF-8", str(error))
+            continue
+        row = row if isinstance(row, dict) else {}
+        if all(isinstance(row.get(field), str) for field in fields):
+            yield line, row
+        else:
+            texts = " and ".join(map(repr, fields))
+            refuse(line, "bad row", f"no texts {texts} among {sorted(row)[:20]}")
+
+
 def index_csv(
     files: Files,
     path: str,
@@ -226,39 +317,14 @@ def index_csv(
     Raises:
       InputError: no such file, or it lacks one of the columns.
     """
-    columns = {"image": image_column, "caption": caption_column}
+    columns = {"--image-column": image_column, "--caption-column": caption_column}
     if synthetic_column is not None:
-        columns["synthetic"] = synthetic_column
+        columns["--synthetic-column"] = synthetic_column
     captions = _Captions(synthetic=synthetic_column is not None)
-    with files.open_text(path) as lines:
-        rows = csv.reader(lines, strict=True)
-        try:
-            header = next(rows, [])
-        except csv.Error as error:
-            raise InputError(f"--captions {path}: not CSV ({error})") from None
-        for flag, column in columns.items():
-            if column not in header:
-                raise InputError(
-                    f"--captions {path}: no column {column!r} among {header}; "
-                    f"name the right one with --{flag}-column"
-                )
-        image, caption, *synthetic = map(header.index, columns.values())
-        while True:
-            first = rows.line_num + 1
-            try:
-                row = next(rows)
-            except StopIteration:
-                return captions.index()
-            except csv.Error as error:
-                # An open quote swallows the lines that follow, hence the range.
-                captions.refuse(f"lines {first}-{rows.line_num}", "bad row", str(error))
-                continue
-            if len(row) == len(header):
-                texts = [row[place] for place in (caption, *synthetic)]
-                captions.add(f"line {first}", row[image], *texts)
-            elif row:  # and not just a blank line
-                detail = f"{len(row)} fields, but {len(header)} columns"
-                captions.refuse(f"line {first}", "bad row", detail)
+    with files.open_text(path) as stream:
+        for line, texts in csv_rows(stream, f"--captions {path}", columns, captions.refuse):
+            captions.add(line, *texts)
+    return captions.index()
 
 
 def index_jsonl(
@@ -274,28 +340,16 @@ def index_jsonl(
       InputError: no such file.
     """
     captions = _Captions(synthetic=synthetic_field is not None)
-    with files.open_text(path) as lines:
-        for number, text in enumerate(lines, start=1):
-            line = f"line {number}"
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                captions.refuse(line, "bad JSON" if is_utf8(text) else "not UTF-8", str(error))
-                continue
-            fields = row if isinstance(row, dict) else {}
-            key, caption = fields.get(image_field), fields.get(caption_field)
-            synthetic = fields.get(synthetic_field)
-            if not isinstance(key, str) or not isinstance(caption, str):
-                detail = f"no texts {image_field!r} and {caption_field!r} among {sorted(fields)}"
-                captions.refuse(line, "bad row", detail)
-            elif synthetic is not None and not isinstance(synthetic, str):
+    fields = (image_field, caption_field)
+    with files.open_text(path) as stream:
+        for line, row in jsonl_rows(stream, f"--captions {path}", fields, captions.refuse):
+            key, synthetic = row[image_field], row.get(synthetic_field)
+            if synthetic is not None and not isinstance(synthetic, str):
                 captions.refuse(line, "bad row", f"{synthetic_field!r} is no text")
             elif key in captions.by_key:
                 captions.refuse(key, "duplicate key", line)
             else:
-                captions.add(line, key, caption, synthetic or "")
+                captions.add(line, key, row[caption_field], synthetic or "")
     return captions.index()
 
 
@@ -321,13 +375,13 @@ def index_imagefolder(
             if any(part.startswith((".", "__MACOSX")) for part in (*folders, last)):
                 continue  # what operating systems leave behind
             if not is_utf8(name):
-                raise Refused("not UTF-8", "its name")
+                raise BadRecord("not UTF-8", "its name")
             if len(folders) != 1:
-                raise Refused("misplaced file", "not directly in a class folder")
+                raise BadRecord("misplaced file", "not directly in a class folder")
             if name in seen:
-                raise Refused("duplicate key", f"more than once in {files.root}")
-        except Refused as error:
-            refused.append(error.entry(name))
+                raise BadRecord("duplicate key", f"more than once in {files.root}")
+        except BadRecord as error:
+            refused.append(refusal(name, error))
             continue
         seen.add(name)
         keys = members.setdefault(folders[0], [])

@@ -102,10 +102,12 @@ def write_metadata(
     splits: Mapping[str, SplitSize],
     class_names: Sequence[str] = (),
     synthetic: bool = False,
+    scratch: str | os.PathLike | None = None,
 ) -> None:
     """Writes features.json, dataset_info.json and, with classes, label.labels.txt.
 
-    These files name all splits at once and replace those of an earlier call, each atomically.
+    These files name all splits at once and replace those of an earlier call, each atomically. Until
+    they are whole they are in a folder in `scratch`, on the same file system; None is `directory`.
     `tfds.folder_dataset.write_metadata` is not used because it insists on describing every shard it
     finds in the directory and writes in place.
     """
@@ -132,8 +134,8 @@ def write_metadata(
             ]
         )
     )
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        info.write_to_directory(scratch)
+    with tempfile.TemporaryDirectory(dir=scratch or directory) as folder:
+        info.write_to_directory(folder)
         # dataset_info.json last: without it, TFDS sees no data set.
-        for path in sorted(Path(scratch).iterdir(), key=lambda p: p.name == "dataset_info.json"):
+        for path in sorted(Path(folder).iterdir(), key=lambda p: p.name == "dataset_info.json"):
             os.replace(path, Path(directory) / path.name)

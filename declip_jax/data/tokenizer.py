@@ -13,6 +13,8 @@ SOT = 49406
 EOT = 49407
 MASK = 49408  # not OpenAI's; `tokenize` never gives it
 VOCAB_SIZE = 49409
+# Of a text that are read: no context holds more, and cleaning megabytes takes seconds.
+MAX_CHARACTERS = 10_000
 
 # Tokenisers give some of these spellings the special ids, wherever they stand in a text. An end
 # token inside a caption would move the place its feature is read from.
@@ -33,6 +35,7 @@ def tokenize(texts: Sequence[str], context: int) -> np.ndarray:
 
 def clean(text: str) -> str:
     """Mends encoding errors and HTML entities, joins white space, lowers case, drops markers."""
+    text = text[:MAX_CHARACTERS]
     # The general way costs ten times the tokenising and leaves printable ASCII without entities as
     # it is.
     if not (text.isascii() and text.isprintable() and "&" not in text):

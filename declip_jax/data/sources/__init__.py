@@ -38,6 +38,7 @@ def open_source(name: str, split: str, columns: Columns = _USUAL, cache: str = "
     """
     # Imported where they are needed: a run uses one of them.
     if name == "scenes":
+        _check_no_columns(name, columns)
         from declip_jax.data.scenes import Scenes
 
         return Scenes(split)
@@ -48,6 +49,7 @@ def open_source(name: str, split: str, columns: Columns = _USUAL, cache: str = "
     fs, path = paths.file_system(name)
     if fs.exists(os.path.join(path, "dataset_info.json")):
         if _is_prepared(name):
+            _check_no_columns(name, columns)
             return PreparedSource(name, split)
         from declip_jax.data.sources.tfds import TfdsSource
 
@@ -67,6 +69,15 @@ def open_source(name: str, split: str, columns: Columns = _USUAL, cache: str = "
         "declip_jax.prepare or TFDS wrote, or .tar or .parquet files"
         + (f": that folder has {sorted(map(os.path.basename, inside))[:5]}." if inside else ".")
     )
+
+
+def _check_no_columns(name: str, columns: Columns) -> None:
+    for field, value in columns._asdict().items():
+        if value:
+            raise ValueError(
+                f"config.data.columns.{field}={value!r}: the fields of {name!r} have fixed names; "
+                "leave it empty, or in a mixture set it for the sources that have it."
+            )
 
 
 def _is_prepared(directory: str) -> bool:

@@ -1,23 +1,99 @@
-"""The array_record data sets that `declip_jax.prepare` writes."""
+"""TFDS directories of array_record shards, and those that `declip_jax.prepare` writes."""
 
-import os
+import re
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
 
 from declip_jax.data import records
+from declip_jax.data.records import BadRecord
 from declip_jax.data.sources.base import Source
+from declip_jax.data.sources.paths import is_remote
+
+ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 
 
-class PreparedSource(Source):
-    """A split of a TFDS directory of array_record shards, with the features of `records`.
+class Shards(Source):
+    """The stored records of a split of a TFDS directory.
+
+    Raises:
+      ValueError: an unknown or empty split, shards that are missing, or a directory that is not
+        on a local disk.
+    """
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+        directory = builder.data_path
+        self._name = f"{directory} split {split!r}"
+        check_local(str(directory))
+        try:
+            # Opens the shards when a process first reads from them.
+            self._data = builder.as_data_source(
+                split,
+                deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+                file_format=ARRAY_RECORD,
+            )
+        except ValueError as error:
+            records_of = {name: info.num_examples for name, info in builder.info.splits.items()}
+            raise ValueError(
+                f"split {split!r} of {directory} is unknown or empty ({error}); the records of its "
+                f"splits: {records_of}"
+            ) from error
+        # Which of its records a shard gives: {filename, skip, take}.
+        self._shards = builder.info.splits[split].file_instructions
+        present = {path.name for path in directory.iterdir()}
+        missing = sorted({shard.basename() for shard in self._shards} - present)
+        if missing:
+            raise ValueError(f"{directory} lacks {missing}: copy or prepare the data set again.")
+
+    def __str__(self) -> str:
+        return self._name
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def stored(self, index: int) -> bytes:
+        """A record as it is stored.
+
+        Raises:
+          BadRecord: its shard is damaged there.
+          OSError: its shard cannot be read.
+        """
+        try:
+            return self._data[index]
+        except RuntimeError as error:
+            # Of the same type for all failures. Those of the disk begin with the system's call,
+            # as in "open() failed: Permission denied".
+            if re.match(r"\w+\(\) failed", str(error)):
+                raise OSError(str(error)) from error
+            raise BadRecord("unreadable record", str(error)) from error
+
+    def locate(self, index: int) -> str:
+        ends = np.cumsum([shard.take for shard in self._shards])
+        number = int(np.searchsorted(ends, index, side="right"))
+        shard = self._shards[number]
+        place = shard.skip + shard.take - (int(ends[number]) - index)
+        return f"{shard.filename}: record {place}"
+
+
+def check_local(directory: str) -> None:
+    if is_remote(directory):
+        raise ValueError(
+            f"{directory}: array_record files are read from local disks only. Copy or mount the "
+            "folder, or use webdataset shards or Parquet files, which are read from there."
+        )
+
+
+class PreparedSource(Shards):
+    """A split of a data set with the features of `records`.
 
     Raises:
       ValueError: see `open_source`.
     """
 
     def __init__(self, directory: str, split: str):
-        self._name = f"{directory} split {split!r}"
+        check_local(directory)
         try:
             builder = tfds.builder_from_directory(directory)
         except Exception as error:  # of several kinds: no directory, no such file, damaged JSON
@@ -27,35 +103,19 @@ class PreparedSource(Source):
             ) from error
         expected, present = records.features(), builder.info.features
         missing = sorted(set(expected) - set(present))
-        if missing or builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        if missing or builder.info.file_format != ARRAY_RECORD:
             raise ValueError(
                 f"{directory} is a data set of another kind: it has the features "
                 f"{sorted(present)} in {builder.info.file_format.value} files, expected "
                 f"{sorted(expected)} in array_record files. Write it anew with python -m "
                 "declip_jax.prepare."
             )
-        try:
-            # Opens the shards when a process first reads from them.
-            self._data = builder.as_data_source(
-                split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-            )
-        except ValueError as error:
-            records_of = {name: info.num_examples for name, info in builder.info.splits.items()}
-            raise ValueError(
-                f"split {split!r} of {directory} is unknown or empty ({error}); the records of its "
-                f"splits: {records_of}"
-            ) from error
-        shards = {os.path.basename(path) for path in builder.info.splits[split].filepaths}
-        missing = sorted(shards - {path.name for path in builder.data_path.iterdir()})
-        if missing:
-            raise ValueError(f"{directory} lacks {missing}: copy or prepare the data set again.")
+        super().__init__(builder, split)
         self.class_names = tuple(present["label"].names) if "label" in present else ()
 
-    def __str__(self) -> str:
-        return self._name
-
-    def __len__(self) -> int:
-        return len(self._data)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return records.deserialise(self._data[index])
+        stored = self.stored(index)
+        try:
+            return records.deserialise(stored)
+        except (DecodeError, IndexError, UnicodeDecodeError) as error:
+            raise BadRecord("unreadable record", f"damaged or of another kind: {error}") from error

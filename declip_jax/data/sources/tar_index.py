@@ -1,0 +1,267 @@
+"""The index of webdataset shards: where each sample is in its tar, kept in a cache folder."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import struct
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from declip_jax.data.raw import MAX_IMAGE_BYTES
+from declip_jax.data.sources import paths
+from declip_jax.data.sources.tar import BLOCK, File, files_of, is_image, key_hash
+
+FORMAT = 1  # of the files in the cache folder
+TEMPORARY = ".declip_tmp"  # how their names end until they are whole
+# The span of a sample in blocks of its tar, and a hash of its key.
+RECORD = np.dtype([("block", "<u4"), ("blocks", "<u4"), ("key", "<u8")])
+MAX_TAR_BYTES = BLOCK << 32  # what numbers of blocks can say
+MAX_SAMPLE_BYTES = MAX_IMAGE_BYTES + (16 << 20)  # that is read at once
+
+Refused = dict[str, tuple[int, list[str]]]  # reason -> how many, and the names of the first
+
+
+def open_index(tars: Sequence[str], cache: str) -> Path:
+    """The table of the index of all tars, which is made if need be.
+
+    The folder has, for each tar, an .npz file with its RECORD array and what was refused; and for
+    all of them together a .bin file, those arrays one after the other, and a .json file, the table,
+    with the number of records of each. Their names tell of which files in which version they are.
+
+    Raises:
+      ValueError: there is no record, or no folder to write to.
+    """
+    versions = paths.versions(tars)
+    for tar, version in zip(tars, versions, strict=True):
+        if version.size > MAX_TAR_BYTES:
+            raise ValueError(f"{tar} has {version.size:,} bytes: at most {MAX_TAR_BYTES:,} can be.")
+    places = [_place(folder, tars, versions) for folder in _folders(tars, cache)]
+    for _, table in places:  # also one that somebody else wrote, where we cannot
+        if table.exists():
+            return table
+    errors = []
+    for files, table in places:
+        try:
+            table.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=table.parent).close()
+        except OSError as error:
+            errors.append(str(error))
+            continue
+        _index_tars(tars, versions, files)
+        _merge(tars, files, table)
+        _tidy(files)
+        return table
+    raise ValueError(
+        f"the index of {tars[0]} and what is beside it cannot be written ({'; '.join(errors)}): "
+        "set config.data.index_cache to a folder where it can."
+    )
+
+
+def _folders(tars: Sequence[str], cache: str) -> list[Path]:
+    """Where the index may be, the best place first."""
+    if paths.is_remote(cache):
+        raise ValueError(f"config.data.index_cache={cache!r} must be a folder on a local disk.")
+    if cache:
+        return [Path(cache).expanduser().absolute()]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    beside = [] if paths.is_remote(tars[0]) else [Path(tars[0]).parent / ".declip_index"]
+    return [*beside, home.absolute() / "declip_jax"]
+
+
+def _place(
+    folder: Path, tars: Sequence[str], versions: Sequence[paths.FileVersion]
+) -> tuple[list[Path], Path]:
+    """The index file of each tar in a folder, and the table of all."""
+    files = []
+    for tar, version in zip(tars, versions, strict=True):
+        # Relative, so that shards and the folder beside them can move, or be mounted elsewhere.
+        name = tar if paths.is_remote(tar) else os.path.relpath(tar, folder)
+        base = os.path.basename(tar)[:100]
+        files.append(folder / f"{base}-{_digest(FORMAT, name)}-{_digest(*version)}.npz")
+    return files, folder / f"index-{_digest(*(file.name for file in files))}.json"
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=12).hexdigest()
+
+
+def _index_tars(
+    tars: Sequence[str], versions: Sequence[paths.FileVersion], files: Sequence[Path]
+) -> None:
+    """Makes the index files of tars that have none."""
+    jobs = [
+        (tar, version.size, file)
+        for tar, version, file in zip(tars, versions, files, strict=True)
+        if not file.exists()
+    ]
+    # All processes of a run begin at the same time: in different orders they share the work.
+    random.SystemRandom().shuffle(jobs)
+    processes = min(os.cpu_count() or 1, len(jobs) // 4)  # for a few, starting takes longer
+    progress = tqdm(
+        total=len(jobs),
+        desc="indexing",
+        unit=" shards",
+        delay=2,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+    with progress:
+        if processes < 2:
+            for job in jobs:
+                _index_tar(*job)
+                progress.update()
+            return
+        # Spawned: forking does not survive the threads that fsspec may have.
+        context = multiprocessing.get_context("spawn")
+        pool = futures.ProcessPoolExecutor(processes, context, initializer=_start_worker)
+        try:
+            for done in futures.as_completed([pool.submit(_index_tar, *job) for job in jobs]):
+                done.result()
+                progress.update()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "a process that indexes shards was killed, perhaps because memory ran out; opening "
+                "them again continues"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    def follow_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process gets it too, and ends all
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _index_tar(tar: str, size: int, file: Path) -> None:
+    if not file.exists():  # else another process has been here
+        records, refused = scan(tar, size)
+        with _published(file) as stream:
+            np.savez(stream, records=records, refused=json.dumps(refused))
+
+
+def _merge(tars: Sequence[str], files: Sequence[Path], table: Path) -> None:
+    """Writes the index of all tars, the table last."""
+    counts, refused = [], {}
+    with _published(table.with_suffix(".bin")) as stream:
+        for file in files:
+            with np.load(file, allow_pickle=False) as contents:
+                counts.append(len(contents["records"]))
+                stream.write(contents["records"].tobytes())
+                for reason, (count, names) in json.loads(str(contents["refused"])).items():
+                    _count(refused, reason, count, names)
+        if not any(counts):
+            left_out = f"; left out: {tell(refused)}" if refused else ""
+            raise ValueError(
+                f"{tars[0]}{' and others' * (len(tars) > 1)}: no sample with an image, expected "
+                f"KEY.jpg, KEY.txt and so on{left_out}."
+            )
+    with _published(table) as stream:
+        stream.write(json.dumps({"records": counts, "refused": refused}).encode())
+
+
+@contextlib.contextmanager
+def _published(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which has its name once it is whole.
+
+    One that is there already is left: it has the same content, and others may have mapped it.
+    """
+    temporary = path.with_name(uuid.uuid4().hex + TEMPORARY)
+    try:
+        with open(temporary, "xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _tidy(files: Sequence[Path]) -> None:
+    """Removes the index files of earlier versions of the tars, and what killed processes left."""
+    names = {file.name for file in files}
+    tars = {name.rpartition("-")[0] for name in names}
+    yesterday = time.time() - 24 * 3600
+    for entry in os.scandir(files[0].parent):
+        tar, _, version = entry.name.rpartition("-")
+        with contextlib.suppress(FileNotFoundError):  # another process tidies too
+            if (version.endswith(".npz") and tar in tars and entry.name not in names) or (
+                entry.name.endswith(TEMPORARY) and entry.stat().st_mtime < yesterday
+            ):
+                os.unlink(entry.path)
+
+
+def scan(tar: str, size: int) -> tuple[np.ndarray, Refused]:
+    """The index of a tar, RECORD [N], and what is left out of it."""
+    records, keys, refused = bytearray(), set(), {}
+
+    def refuse(reason: str, name: str) -> None:
+        name = name.encode(errors="backslashreplace").decode()
+        _count(refused, reason, 1, [f"{tar}: {name[:200]}"])
+
+    def until_damage(stream: BinaryIO) -> Iterator[File]:
+        try:
+            yield from files_of(stream, size, refuse)
+        except tarfile.ReadError as error:
+            refuse("damaged shard", str(error))
+
+    fs, path = paths.file_system(tar)
+    with fs.open(path, "rb") as stream:
+        before = set()
+        for key, files in itertools.groupby(until_damage(stream), lambda file: file.key):
+            start, extensions = None, set()
+            for file in files:
+                start = file.start if start is None else start
+                if file.extension in extensions:
+                    refuse("duplicate key", file.name)
+                extensions.add(file.extension)
+            # What follows is lost: it is whole if it has all that the sample before it had.
+            if "damaged shard" in refused and not (before and before <= extensions):
+                break
+            before, hashed, length = extensions, key_hash(key), file.end - start
+            if not any(map(is_image, extensions)):
+                refuse("no image", key)
+            elif hashed in keys:
+                refuse("duplicate key", key)
+            elif length > MAX_SAMPLE_BYTES:
+                refuse("file too large", key)
+            else:
+                keys.add(hashed)
+                records += struct.pack("<IIQ", start // BLOCK, length // BLOCK, hashed)
+    return np.frombuffer(records, RECORD), refused
+
+
+def _count(refused: Refused, reason: str, more: int, names: Sequence[str]) -> None:
+    count, first = refused.get(reason, (0, []))
+    refused[reason] = count + more, [*first, *names][:3]
+
+
+def tell(refused: Refused) -> str:
+    return "; ".join(
+        f"{count:,} for {reason!r} ({', '.join(map(repr, names))}{', …' * (count > len(names))})"
+        for reason, (count, names) in refused.items()
+    )

@@ -1,0 +1,217 @@
+"""Webdataset shards, as img2dataset writes them, with random access through an index.
+
+A shard is a tar file; its members whose names agree up to the first dot of the last part, one after
+the other, are a sample: KEY.jpg, KEY.txt, KEY.json. The index has the span of each sample in its
+tar, so that one read gets all of it. It says nothing of what the samples mean, and so serves any
+choice of columns.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from declip_jax.data.raw import MAX_CAPTION, MAX_IMAGE_BYTES, is_utf8
+from declip_jax.data.records import BadRecord
+from declip_jax.data.sources import paths
+from declip_jax.data.sources.base import Columns, Source
+from declip_jax.data.sources.tar import BLOCK, files_of, is_image, key_hash, plain_files
+from declip_jax.data.sources.tar_index import RECORD, Refused, open_index, tell
+
+
+class WebDataset(Source):
+    """The samples of tar files that have an image, in the order of the files and within them.
+
+    The index is made by the first who opens the shards, in parallel, and kept in the cache folder;
+    a tar of another size or time than when it was indexed is indexed anew. What cannot be used is
+    left out and told: damaged ends of shards, unsafe names, samples without image or with a key
+    that the tar had before.
+
+    Args:
+      pattern: shards, see `paths.expand`.
+      columns: image and captions are extensions such as "png" and "txt"; captions may also be
+        fields of KEY.json, as in "json.caption", and the key has to be one unless it is the tar's.
+      cache: folder for the index; "" for .declip_index beside local shards, where that can be
+        written, or else declip_jax in ~/.cache.
+
+    Attributes:
+      refused: {reason: (how many members, samples or ends of shards were left out, the first)}.
+
+    Raises:
+      ValueError: no such shards, no samples in them, columns that are no such names, or no folder
+        for the index.
+    """
+
+    def __init__(self, pattern: str, columns: Columns, cache: str = ""):
+        self._name, self._columns = f"webdataset {pattern}", columns
+        if columns.label:
+            raise ValueError(
+                f"config.data.columns.label={columns.label!r}: labels are not read from "
+                "webdatasets; leave it empty."
+            )
+        if columns.key and not columns.key.startswith("json."):
+            raise ValueError(
+                f"config.data.columns.key={columns.key!r}: expected a field of KEY.json, such as "
+                "'json.uid', or '' for the name in the tar."
+            )
+        self._tars = paths.expand(pattern, ".tar")
+        table = open_index(self._tars, cache)
+        contents = json.loads(table.read_text(encoding="utf-8"))
+        self._index = table.with_suffix(".bin")
+        self._firsts = np.cumsum([0, *contents["records"]])  # of each tar, and behind the last
+        self.refused: Refused = contents["refused"]
+        if self.refused:
+            logging.warning("%s: left out %s", self, tell(self.refused))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_records"}
+
+    @functools.cached_property
+    def _records(self) -> np.ndarray:
+        """RECORD [N]."""
+        return np.asarray(np.memmap(self._index, RECORD, "r"))
+
+    def __str__(self) -> str:
+        return self._name
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def key_hashes(self) -> np.ndarray:
+        """uint64 [N]: equal for equal keys in different shards; see `key_hash`."""
+        return self._records["key"]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample, columns = self._read(index), self._columns
+        captions = columns.captions or (("txt",) if "txt" in sample.parts else ("json.caption",))
+        record = {
+            "image": sample.image(columns.image),
+            "captions": sample.texts(captions, "no caption"),
+            "key": sample.field(columns.key) if columns.key else sample.key,
+        }
+        if columns.synthetic:
+            record["synthetic"] = sample.texts(columns.synthetic, "no synthetic caption")
+        return record
+
+    def locate(self, index: int) -> str:
+        span = self._span(index)
+        try:
+            return f"{span.tar}: {self._read(index).key}"
+        except (BadRecord, OSError):
+            return f"{span.tar}: record {span.number}"
+
+    def _span(self, index: int) -> "_Span":
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)} of {self}")
+        shard = np.searchsorted(self._firsts, index, "right") - 1
+        block, blocks, key = self._records[index].item()
+        number = index - int(self._firsts[shard])
+        return _Span(self._tars[shard], number, block * BLOCK, blocks * BLOCK, key)
+
+    def _read(self, index: int) -> "_Sample":
+        span = self._span(index)
+        data = memoryview(paths.read_range(span.tar, span.start, span.size))
+        sample = None
+        with contextlib.suppress(tarfile.ReadError):
+            files = plain_files(data)
+            if files is None:
+                files = files_of(io.BytesIO(data), len(data), refuse=lambda reason, name: None)
+            for file in files:
+                sample = sample or _Sample(file.key, {})
+                if file.key == sample.key:
+                    sample.parts.setdefault(file.extension, data[file.data])
+            if len(data) == span.size and sample and key_hash(sample.key) == span.key:
+                return sample
+        raise BadRecord(
+            "shard changed",
+            f"{span.tar} is not what was indexed at byte {span.start:,}; opened again, it is "
+            "indexed anew",
+        )
+
+
+class _Span(NamedTuple):
+    """Where a sample is."""
+
+    tar: str
+    number: int  # of the tar's records
+    start: int  # byte
+    size: int  # bytes
+    key: int  # see `key_hash`
+
+
+class _Sample:
+    """What a tar has of a sample; extensions are in lower case, in the order of the tar."""
+
+    def __init__(self, key: str, parts: dict[str, memoryview]):
+        self.key, self.parts = key, parts
+
+    def image(self, extension: str) -> bytes:
+        """The member with `extension`, or the first image."""
+        extension = extension or next(filter(is_image, self.parts), "")
+        if extension not in self.parts:
+            raise BadRecord("no image", f"no {extension or 'image'} among {sorted(self.parts)}")
+        data = self.parts[extension]
+        if len(data) > MAX_IMAGE_BYTES:
+            raise BadRecord("file too large", f"{len(data):,} bytes, at most {MAX_IMAGE_BYTES:,}")
+        return bytes(data)
+
+    def texts(self, columns: Sequence[str], reason: str) -> list[str]:
+        """The texts of all columns that are not blank; none is a bad record for `reason`."""
+        texts = []
+        for column in columns:
+            if column.startswith("json."):
+                value = self.fields.get(column.removeprefix("json."))
+                values = value if isinstance(value, list) else [value]
+                values = [value for value in values if value is not None]
+                if not all(isinstance(value, str) for value in values):
+                    raise BadRecord("bad JSON", f"{column} is {str(values)[:80]}, expected texts")
+                texts += values
+            elif column in self.parts:
+                texts.append(self._text(column))
+        if not all(map(is_utf8, texts)):
+            raise BadRecord("not UTF-8", f"half of a surrogate pair in {', '.join(columns)}")
+        texts = [text.strip() for text in texts if text.strip()]
+        if not texts:
+            fields = self.fields if any(c.startswith("json.") for c in columns) else ()
+            has = [*self.parts, *(f"json.{field}" for field in fields)][:20]
+            raise BadRecord(reason, f"nothing in {', '.join(columns)}; the sample has {has}")
+        return texts
+
+    def field(self, column: str) -> str:
+        """The field that `column` names, a number or a text."""
+        value = self.fields.get(column.removeprefix("json."))
+        if not isinstance(value, str | int) or not is_utf8(str(value)):
+            raise BadRecord("no key", f"{column} is {str(value)[:80]!r}")
+        return str(value)
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Any]:
+        """What KEY.json has."""
+        if "json" not in self.parts:
+            return {}
+        text = self._text("json")
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadRecord("bad JSON", str(error)) from None
+        if not isinstance(fields, dict):
+            raise BadRecord("bad JSON", f"{type(fields).__name__}, expected an object")
+        return fields
+
+    def _text(self, extension: str) -> str:
+        data = self.parts[extension]
+        if len(data) > MAX_CAPTION:
+            raise BadRecord(
+                "caption too long",
+                f"{extension} of {len(data):,} bytes, at most {MAX_CAPTION:,}",
+            )
+        try:
+            return str(data, "utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BadRecord("not UTF-8", f"{extension}: {error}") from None
