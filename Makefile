@@ -9,11 +9,12 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: help setup quickstart test test-all lint format clean
+.PHONY: help setup quickstart test test-all test-extras lint format clean
 
 help:
 	@echo "make quickstart  train DeCLIP on drawn scenes, score it, draw runs/quickstart/report.png"
 	@echo "make test        run the tests (make test-all adds a whole quickstart, five minutes)"
+	@echo "make test-extras test what needs Apache Beam or transformers, in an environment of its own"
 	@echo "make lint        ruff check and format check"
 	@echo "make setup       only create .venv and install everything"
 
@@ -38,6 +39,15 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
+# Apart, because Beam holds back protobuf and others.
+test-extras: $(VENV)-extras/.installed
+	$(VENV)-extras/bin/python -m pytest tests/test_beam.py tests/test_captioner.py
+
+$(VENV)-extras/.installed: pyproject.toml | setup
+	$(BIN)/python -m venv $(VENV)-extras
+	$(VENV)-extras/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,beam,captions]'
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +57,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VENV)-extras runs .pytest_cache .ruff_cache *.egg-info

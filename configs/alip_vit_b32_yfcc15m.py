@@ -1,7 +1,7 @@
 """ALIP ViT-B/32 on YFCC15M with a synthetic caption for each image: 8 GPUs × 512 pairs, 32 epochs.
 
-Prepare the data first, with the synthetic captions: `python -m declip_jax.prepare jsonl --output
-data/yfcc15m --synthetic-field …`, docs/data.md.
+Prepare data first, with the synthetic captions: `python -m declip_jax.prepare jsonl --output
+data/yfcc15m --synthetic-field …`, docs/prepare.md.
 """
 
 import math

@@ -1,6 +1,6 @@
 """A small CLIP on CIFAR-10 with captions made of its class names, from scratch on two CPU cores.
 
-Prepare the data first, as docs/data.md shows: `python -m declip_jax.prepare imagefolder … --output
+Prepare data first, as docs/prepare.md shows: `python -m declip_jax.prepare imagefolder … --output
 data/cifar10`.
 """
 

@@ -1,6 +1,6 @@
 """CLIP ViT-B/32 on YFCC15M as DeCLIP trains it: 32 GPUs × 128 pairs, 128,000 steps.
 
-Prepare the data first: `python -m declip_jax.prepare jsonl --output data/yfcc15m …`, docs/data.md.
+Prepare data first: `python -m declip_jax.prepare jsonl --output data/yfcc15m …`, docs/prepare.md.
 """
 
 from ml_collections import ConfigDict

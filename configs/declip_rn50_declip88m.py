@@ -1,6 +1,6 @@
 """DeCLIP RN50 on its 88 million pairs, with SGD.
 
-Prepare the data first, docs/data.md: `python -m declip_jax.prepare jsonl --output data/declip88m …`
+Prepare data first, docs/prepare.md: `python -m declip_jax.prepare jsonl --output data/declip88m …`
 and, for the augmented captions, `… prepare synonyms --output data/synonyms.json.gz …`.
 
 The published file has 128 pairs a GPU but not the number of GPUs, and its 46,001 steps are marked

@@ -1,6 +1,6 @@
 """DeCLIP ViT-B/32 on its 88 million pairs, with SGD: 300,000 steps.
 
-Prepare the data first, docs/data.md: `python -m declip_jax.prepare jsonl --output data/declip88m …`
+Prepare data first, docs/prepare.md: `python -m declip_jax.prepare jsonl --output data/declip88m …`
 and, for the augmented captions, `… prepare synonyms --output data/synonyms.json.gz …`.
 
 The published file has 64 pairs a GPU but not the number of GPUs: the batch is that of YFCC15M.

@@ -1,6 +1,6 @@
 """DeCLIP ViT-B/32 on YFCC15M: 32 GPUs × 128 pairs, 128,000 steps.
 
-Prepare the data first, docs/data.md: `python -m declip_jax.prepare jsonl --output data/yfcc15m …`
+Prepare data first, docs/prepare.md: `python -m declip_jax.prepare jsonl --output data/yfcc15m …`
 and, for the augmented captions, `… prepare synonyms --output data/synonyms.json.gz …`.
 """
 

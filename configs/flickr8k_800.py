@@ -1,6 +1,6 @@
 """A small CLIP on 800 photographs with five captions each: learns them by heart on two CPU cores.
 
-Prepare the data first, as docs/data.md shows: `python -m declip_jax.prepare csv … --output
+Prepare data first, as docs/prepare.md shows: `python -m declip_jax.prepare csv … --output
 data/flickr8k_800`.
 """
 

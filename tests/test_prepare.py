@@ -1,10 +1,15 @@
+import hashlib
+import importlib.util
+import io
 import json
 import os
+import random
 import re
 import signal
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,9 +18,12 @@ import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from declip_jax import prepare
 from declip_jax.data import image, records
+from declip_jax.prepare import filters, parallel
+from declip_jax.prepare.files import locked
 
 
 def encoded(seed: int, extension: str = ".jpg", height: int = 24, width: int = 32) -> bytes:
@@ -41,13 +49,21 @@ def refused(output, split: str = "train") -> list[tuple[str, str]]:
     return [(entry["key"], entry["reason"]) for entry in map(json.loads, lines)]
 
 
+def manifest(output, split: str = "train") -> dict:
+    return json.loads((output / f"prepare-{split}.json").read_text())
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """A folder of 20 images, and the flags to go with it: photos.csv with two captions for each."""
+    return make_photos(tmp_path)
+
+
+def make_photos(tmp_path: Path) -> Path:
+    """A folder of 20 images, and beside it photos.csv with two captions for each."""
     folder = tmp_path / "photos"
     folder.mkdir()
     rows = ["image,caption"]
@@ -90,6 +106,15 @@ def test_csv_from_a_folder(photos, tmp_path, capsys):
     ]
     info = tfds.builder_from_directory(output).info
     assert (info.name, info.splits["train"].shard_lengths) == ("birds", [6, 7, 7])
+    for shard, count in zip(manifest(output)["shards"], [6, 7, 7], strict=True):
+        data = (output / shard["name"]).read_bytes()
+        checksum = hashlib.sha256(data).hexdigest()
+        assert shard == {
+            "name": shard["name"],
+            "records": count,
+            "bytes": len(data),
+            "sha256": checksum,
+        }
 
 
 def test_synthetic_captions(photos, tmp_path, capsys):
@@ -269,6 +294,89 @@ def test_short_side(tmp_path):
     assert np.abs(difference).mean() < 3
 
 
+def test_short_side_of_a_turned_image(tmp_path):
+    """What is encoded anew is upright, for it has no EXIF orientation any more."""
+    (tmp_path / "fox").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    turned = Image.open(io.BytesIO(encoded(1, ".png", 60, 90)))
+    turned.save(tmp_path / "fox/a.jpg", exif=exif)
+    assert run("imagefolder", tmp_path, tmp_path / "out", "--short-side", 40) == 0
+    (record,) = read(tmp_path / "out")
+    assert image.decode(record["image"]).shape == (60, 40, 3)
+    assert Image.open(io.BytesIO(record["image"])).size == (40, 60)
+
+
+def test_filters_of_images(tmp_path, capsys):
+    sizes = {"small": (19, 40), "just": (20, 40), "long": (20, 41), "tall": (70, 20)}
+    (tmp_path / "fox").mkdir()
+    for name, (height, width) in sizes.items():
+        (tmp_path / f"fox/{name}.jpg").write_bytes(encoded(1, ".jpg", height, width))
+    flags = ("--min-side", 20, "--max-aspect", 2, "--short-side", 10)
+    assert run("imagefolder", tmp_path, tmp_path / "out", *flags) == 0
+    assert [record["key"] for record in read(tmp_path / "out")] == ["fox/just.jpg"]
+    assert refused(tmp_path / "out") == [
+        ("fox/long.jpg", "too long"),
+        ("fox/small.jpg", "too small"),
+        ("fox/tall.jpg", "too long"),
+    ]
+    assert manifest(tmp_path / "out")["refused"] == {"too long": 2, "too small": 1}
+    assert re.search(r"refused  too long +2\n", capsys.readouterr().out)
+
+
+def test_filters_of_captions(photos, tmp_path):
+    rows = [
+        ("00.png", "one"),
+        ("00.png", "two words"),
+        ("00.png", "more words than there may be"),
+        ("01.webp", "only"),
+        ("02.jpg", "a \u4e00"),
+        ("02.jpg", "a \u9fa5"),
+        ("02.jpg", "a \u9fa6"),  # beyond DeCLIP's range
+        ("03.png", "\u304b\u306a kana"),
+    ]
+    (tmp_path / "rows.csv").write_text("\n".join(["image,caption", *map(",".join, rows)]))
+    flags = ("--captions", tmp_path / "rows.csv", "--min-words", 2, "--max-words", 4)
+    output = tmp_path / "out"
+    assert run("csv", photos, output, *flags, "--language-filter", "declip") == 0
+    assert {record["key"]: record["captions"] for record in read(output)} == {
+        "00.png": ["two words"],
+        "02.jpg": ["a \u9fa6"],
+        "03.png": ["\u304b\u306a kana"],
+    }
+    assert refused(output) == [
+        ("00.png", "too few words"),
+        ("00.png", "too many words"),
+        ("01.webp", "too few words"),
+        ("01.webp", "no caption left"),
+        ("02.jpg", "Chinese characters"),
+        ("02.jpg", "Chinese characters"),
+    ]
+
+
+def test_captions_as_attackers_write_them(photos, tmp_path):
+    kept = "bell \x07, null \x00, <end_of_text> and \u202eright to left"
+    rows = [
+        {"filename": "00.png", "caption": kept},
+        {"filename": "01.webp", "caption": "x" * 10_000_000},
+        {"filename": "k" * 10_000_000, "caption": "x"},
+        {"filename": "02.jpg", "caption": {"not": "a text"}},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--captions", tmp_path / "rows.jsonl")
+    assert run("jsonl", photos, tmp_path / "out", *flags) == 0
+    (record,) = read(tmp_path / "out")
+    assert record["captions"] == [kept]
+    reasons = [reason for _, reason in refused(tmp_path / "out")]
+    assert reasons == ["caption too long", "caption too long", "bad row"]
+
+    (tmp_path / "rows.csv").write_text(f"image,caption\n00.png,{'x' * 10_000_000}\n01.webp,y\n")
+    assert run("csv", photos, tmp_path / "two", "--captions", tmp_path / "rows.csv") == 0
+    assert [reason for _, reason in refused(tmp_path / "two")] == ["bad row"]
+    (tmp_path / "rows.csv").write_text(f"image,caption\n00.png,{'x' * 20_000_000}")
+    assert run("csv", photos, tmp_path / "three", "--captions", tmp_path / "rows.csv") == 2
+
+
 # What cannot be done
 
 
@@ -280,7 +388,7 @@ def test_arguments_that_cannot_be(photos, animals, tmp_path, capsys):
     (tmp_path / "lost.csv").write_text("image,caption\nnowhere.jpg,x\n")
     (tmp_path / "x.tar").write_bytes(b"no zip")
     captions, output = csv_flags(photos), tmp_path / "out"
-    train = ("--subfolder", "train")
+    train, words = ("--subfolder", "train"), ("--min-words", 3, "--max-words", 2)
     for message, *arguments in [
         ("no column 'caption'", "csv", photos, output, "--captions", tmp_path / "bad.csv"),
         ("nothing is listed", "csv", photos, output, "--captions", tmp_path / "none.csv"),
@@ -294,6 +402,7 @@ def test_arguments_that_cannot_be(photos, animals, tmp_path, capsys):
         ("--max-pixels", "csv", photos, output, *captions, "--max-pixels", image.MAX_PIXELS + 1),
         ("found no .*<class>/<image>", "imagefolder", tmp_path / "empty", output),
         ("try|perhaps pass --subfolder", "imagefolder", animals, output),
+        ("--min-words 3: more than", "csv", photos, output, *captions, *words),
         ("no {} for", "imagefolder", animals, output, *train, "--template", "a {name}"),
         ("'a' has no {}", "imagefolder", animals, output, *train, "--synthetic-template", "a"),
         ("--classes", "imagefolder", animals, output, *train, "--classes", "nowhere.txt"),
@@ -306,12 +415,20 @@ def test_arguments_that_cannot_be(photos, animals, tmp_path, capsys):
     assert run("csv", photos, output, *captions) == 0
 
 
+def test_beam_that_is_not_installed(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    flags = (*csv_flags(photos), "--beam", "--runner=DirectRunner --direct_num_workers=2")
+    assert run("csv", photos, tmp_path / "out", *flags) == 2
+    assert "pip install 'declip-jax[beam]'" in capsys.readouterr().err
+
+
 def test_every_format_has_an_example(capsys):
-    for name in ("csv", "imagefolder", "jsonl", "synonyms"):
+    formats = ("csv", "imagefolder", "jsonl", "webdataset", "parquet", "tfds", "array_record")
+    for name in (*formats, "captions", "verify", "synonyms"):
         with pytest.raises(SystemExit) as exit:
             prepare.main([name, "--help"])
         assert exit.value.code == 0
-        assert f"python -m declip_jax.prepare {name} --" in capsys.readouterr().out
+        assert f"example:\n  python -m declip_jax.prepare {name} " in capsys.readouterr().out
 
 
 def test_a_foreign_data_set_is_left_alone(photos, tmp_path, capsys):
@@ -352,7 +469,7 @@ def test_resume(photos, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(os, "fsync", lambda _: None)  # slow
     monkeypatch.setattr(os, "replace", counted(os.replace))  # gives a finished file its name
-    monkeypatch.setattr(prepare, "check_image", counted(prepare.check_image))
+    monkeypatch.setattr(filters, "check_image", counted(filters.check_image))
     for stop in range(1, 100):
         steps, output = 0, tmp_path / f"stopped-{stop}"
         code = run("csv", photos, output, *flags)
@@ -372,14 +489,15 @@ def test_resume_after_being_killed(photos, tmp_path):
     script = """
 import os, signal, sys
 from declip_jax import prepare
-check_image, calls = prepare.check_image, 0
+from declip_jax.prepare import filters
+check_image, calls = filters.check_image, 0
 def check_or_die(*arguments):
     global calls
     calls += 1
     if calls == 13:
         os.kill(os.getpid(), signal.SIGKILL)
     return check_image(*arguments)
-prepare.check_image = check_or_die
+filters.check_image = check_or_die
 prepare.main(sys.argv[1:])
 """
     arguments = ["csv", "--images", photos, "--output", tmp_path / "killed", "--workers", "1"]
@@ -395,11 +513,49 @@ prepare.main(sys.argv[1:])
     assert kept == written
 
 
+@pytest.mark.slow
+def test_killed_at_ten_moments(tmp_path):
+    images, shards = tmp_path / "images", 80
+    (images / "fox").mkdir(parents=True)
+    for number in range(3 * shards):
+        (images / f"fox/{number}.jpg").write_bytes(encoded(number, ".jpg", 1000, 1300))
+    (images / "fox/7.jpg").write_bytes(b"no image")
+    flags = ("--name", "foxes", "--short-side", "200", "--shards", shards, "--workers", "2")
+    assert run("imagefolder", images, tmp_path / "whole", *flags) == 0
+
+    output = tmp_path / "killed"
+    command = [sys.executable, "-m", "declip_jax.prepare", "imagefolder", "--images", images]
+    command = [*map(str, (*command, "--output", output, *flags))]
+
+    def finished() -> int:
+        return len(list(output.glob("train.incomplete/*.json")))
+
+    rng = random.Random(0)
+    seen = []
+    for attempt in range(10):
+        before = finished()
+        process = subprocess.Popen(command, start_new_session=True)
+        # So many shards later, or after some time, when it may not have begun.
+        target, moment = before + rng.randint(1, 4), rng.uniform(0, 1)
+        start = time.monotonic()
+        while finished() < target and (attempt % 4 < 3 or time.monotonic() - start < moment):
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.02))
+        # Every other time its workers have to notice by themselves.
+        (os.killpg if attempt % 2 else os.kill)(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        seen.append(finished())
+    assert len(set(seen)) > 5  # it came further, and was not done
+    assert subprocess.run(command).returncode == 0
+    assert contents(output) == contents(tmp_path / "whole")
+
+
 def test_half_done_with_other_settings(photos, tmp_path, monkeypatch, capsys):
     def interrupt(*_):  # not SIGINT itself: a shell may have it ignored in what it starts
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "check_image", interrupt)
+    monkeypatch.setattr(filters, "check_image", interrupt)
     output, flags = tmp_path / "birds", csv_flags(photos)
     assert run("csv", photos, output, *flags) == 130
     monkeypatch.undo()
@@ -425,15 +581,15 @@ def test_complete_already(photos, tmp_path, capsys):
 
 
 def test_two_runs_at_once(photos, tmp_path, capsys):
-    with prepare.locked(tmp_path):
+    with locked(tmp_path):
         assert run("csv", photos, tmp_path, *csv_flags(photos), "--name", "birds") == 2
     assert "another run is writing there" in capsys.readouterr().err
 
 
 def test_progress(capsys, monkeypatch):
-    progress = prepare.Progress(done=100, total=300)
+    progress = parallel.Progress(done=100, total=300)
     now = progress.start
-    monkeypatch.setattr(prepare.time, "monotonic", lambda: now)
+    monkeypatch.setattr(parallel.time, "monotonic", lambda: now)
     progress.tick()
     now += 50
     progress.show(200)

@@ -1,0 +1,192 @@
+"""What a run does, from beginning to end."""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from declip_jax.data import records
+from declip_jax.data.raw import InputError, Refusal
+from declip_jax.prepare import captions
+from declip_jax.prepare.files import locked, publish, temporary_name, write_text
+from declip_jax.prepare.inputs import Input, Reader, WithoutDuplicates, find_duplicates, read_input
+from declip_jax.prepare.manifest import (
+    check_other_splits,
+    check_settings,
+    manifest_path,
+    read_manifests,
+    report,
+    settings_of,
+    split_size,
+)
+from declip_jax.prepare.parallel import Progress, parallel
+from declip_jax.prepare.shards import Job, WriteShard, counts_path
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Writes one split, or what is missing of it.
+
+    The finished output folder holds the shards, TFDS' metadata and, for each split, its manifest
+    prepare-<split>.json and refused-<split>.jsonl. Until then the shards and what is known about
+    each are in <split>.incomplete.
+
+    Raises:
+      InputError: it cannot be done as asked; the message says what to change.
+    """
+    found = read_input(args)
+    count = len(found.items)
+    if not count:
+        reasons = Counter(entry["reason"] for entry in found.refused)
+        raise no_records(args, reasons, next(iter(found.refused), None))
+    # By default at least a few, so that several workers have something to do, and at most 512,
+    # because a reader keeps all of them open.
+    args.shards = min(args.shards or min(512, max(8, -(-count // 1000))), count)
+    settings = settings_of(args, found)
+
+    output = Path(os.path.abspath(args.output))  # worker processes may be elsewhere
+    work = output / f"{args.split}.incomplete"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        raise InputError(f"--output {output}: cannot write there ({error})") from None
+    with locked(output):
+        check_other_splits(output, settings)
+        if manifest_path(output, args.split).exists():
+            advice = "Choose another --output or --split."
+            check_settings(manifest_path(output, args.split), settings, advice)
+            if work.exists():
+                finish(output, work, settings)
+            print(f"already complete: {output}")
+            print(report(read_manifests(output)[args.split]))
+            return
+
+        settings_path = work / "settings.json"
+        if settings_path.exists():
+            advice = f"Continue with these, or delete {work} to begin again."
+            check_settings(settings_path, settings, advice)
+        work.mkdir(exist_ok=True)
+        for unfinished in work.glob("*.tmp"):
+            unfinished.unlink()
+        write_text(settings_path, json.dumps({"settings": settings}))
+
+        try:
+            manifest, refused = convert(args, found, settings, work)
+        except InputError:
+            if not any(work.glob(f"{args.name}-{args.split}.*.json")):  # no shard is finished
+                shutil.rmtree(work, ignore_errors=True)  # nor in the way of other settings
+            raise
+        for shard in manifest["shards"]:
+            if (work / shard["name"]).exists():  # else an interrupted run has moved it already
+                os.replace(work / shard["name"], output / shard["name"])
+        publish(refused, output / f"refused-{args.split}.jsonl")
+        temporary = temporary_name(work / "manifest")
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+        publish(temporary, manifest_path(output, args.split))
+        finish(output, work, settings)
+    print(report(manifest))
+    print(f"written to {output}; refused-{args.split}.jsonl there lists what was refused")
+
+
+def convert(
+    args: argparse.Namespace, found: Input, settings: Mapping[str, Any], work: Path
+) -> tuple[dict[str, Any], Path]:
+    """Writes the shards that the folder `work` lacks.
+
+    Returns:
+      The manifest, and a file that lists what was refused.
+
+    Raises:
+      InputError: see `prepare`.
+    """
+    reader, refused, table = found.reader, found.refused, None
+    if args.deduplicate:
+        find_duplicates(args, reader, work / "duplicates.npy")
+        reader = WithoutDuplicates(reader, work / "duplicates.npy")
+    if args.format == "captions" and args.captions:
+        table = captions.Table.write(args, work)
+        reader, refused = captions.Joined(reader, table), [*refused, *table.refused()]
+
+    count = len(found.items)
+    paths = [
+        work / records.shard_name(args.name, args.split, shard, args.shards)
+        for shard in range(args.shards)
+    ]
+    bounds = [count * shard // args.shards for shard in range(args.shards + 1)]
+    missing = [
+        (path, found.items[first:last])
+        for path, first, last in zip(paths, bounds, bounds[1:], strict=False)
+        if not counts_path(path).exists()
+    ]
+    write_shards(args, reader, missing, total=count)
+
+    manifest = {"settings": settings, "shards": [], "captions": 0, "record_bytes": 0}
+    reasons, first = Counter(found.left_out), None
+    listed = temporary_name(work / "refused")
+    with open(listed, "w") as lines:
+        for entry in itertools.chain(refused, read_counts(paths, manifest)):
+            reasons[entry["reason"]] += 1
+            first = first or entry
+            lines.write(json.dumps(entry) + "\n")
+    if not any(shard["records"] for shard in manifest["shards"]):
+        shutil.rmtree(work)
+        raise no_records(args, reasons, first)
+    manifest["refused"] = {reason: number for reason, number in reasons.most_common() if number}
+    if table is not None:
+        manifest["unused_keys"] = table.unused_keys()
+    return manifest, listed
+
+
+def write_shards(
+    args: argparse.Namespace, reader: Reader, missing: Sequence[Job], total: int
+) -> None:
+    done = total - sum(len(items) for _, items in missing)
+    if done:
+        print(f"continuing after {done:,} of {total:,} images", file=sys.stderr)
+    write = WriteShard(args, reader)
+    if args.format == "captions" and args.model:
+        captions.write_shards(write, missing, Progress(done, total))
+    elif args.beam is not None:
+        from declip_jax.prepare import beam
+
+        beam.write_shards(write, missing, args.beam)
+    else:
+        for _ in parallel(write, missing, args.workers, Progress(done, total)):
+            pass
+
+
+def read_counts(shards: Iterable[Path], manifest: dict[str, Any]) -> Iterator[Refusal]:
+    """Adds what is known of each shard to the manifest, and yields what was refused."""
+    for path in shards:
+        counts = json.loads(counts_path(path).read_text())
+        known = {name: counts[name] for name in ("records", "bytes", "sha256")}
+        manifest["shards"].append({"name": path.name, **known})
+        manifest["captions"] += counts["captions"]
+        manifest["record_bytes"] += counts["record_bytes"]
+        yield from counts["refused"]
+
+
+def finish(output: Path, work: Path, settings: Mapping[str, Any]) -> None:
+    """The last steps, which an interrupted run repeats: TFDS' metadata, and tidying up."""
+    sizes = {split: split_size(manifest) for split, manifest in read_manifests(output).items()}
+    synthetic = settings["synthetic"] is not None
+    records.write_metadata(
+        output, settings["name"], sizes, settings["class_names"], synthetic, scratch=work
+    )
+    shutil.rmtree(work)
+
+
+def no_records(
+    args: argparse.Namespace, reasons: Mapping[str, int], first: Refusal | None
+) -> InputError:
+    return InputError(
+        f"no record to write from {args.source if 'source' in args else args.images}"
+        + (f"; refused: {dict(reasons)}, the first: {first}" if first else ": nothing is listed")
+    )

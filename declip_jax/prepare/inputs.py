@@ -1,0 +1,263 @@
+"""What there is to write: images that a file lists, or the records of a source."""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from declip_jax.data.raw import (
+    Files,
+    InputError,
+    Item,
+    Refusal,
+    index_csv,
+    index_imagefolder,
+    index_jsonl,
+    refusal,
+)
+from declip_jax.data.records import BadRecord, Record
+from declip_jax.data.sources import Columns, Source, open_source, paths
+from declip_jax.prepare.files import publish, temporary_name
+from declip_jax.prepare.parallel import Progress, Tick, parallel
+
+
+class Reader(Protocol):
+    """Reads the records of items; goes to worker processes, so it can be pickled."""
+
+    def name(self, item: Any) -> str:
+        """For messages, and for the list of what was refused."""
+        ...
+
+    def read(self, item: Any) -> Record:
+        """Raises BadRecord if this one cannot be used, though others may be."""
+        ...
+
+
+class Input(NamedTuple):
+    items: Sequence[Any]  # for the reader, in the order of the result
+    reader: Reader
+    refused: Sequence[Refusal]  # before any record is read
+    class_names: Sequence[str]  # by label; empty without classes
+    has_synthetic: bool
+    digest: str  # changes with the names and captions, or with the files that have them
+    left_out: Mapping[str, int] = {}  # by reason, how many the source leaves out unlisted
+
+
+def read_input(args: argparse.Namespace) -> Input:
+    """Lists or opens what --images and --captions, or --source, name.
+
+    Raises:
+      InputError: they cannot be used.
+    """
+    return read_source(args) if "source" in args else read_listing(args)
+
+
+# Images that a file lists ------------------------------------------------------------------------
+
+
+class ListedReader(NamedTuple):
+    files: Files
+
+    def name(self, item: Item) -> str:
+        return item.key
+
+    def read(self, item: Item) -> Record:
+        record = {"image": self.files.read(item.key), "captions": item.captions, "key": item.key}
+        if item.label is not None:
+            record["label"] = item.label
+        if item.synthetic:
+            record["synthetic"] = item.synthetic
+        return record
+
+
+def read_listing(args: argparse.Namespace) -> Input:
+    files = Files(args.images, args.subfolder)
+    if args.format == "csv":
+        index = index_csv(
+            files, args.captions, args.image_column, args.caption_column, args.synthetic
+        )
+    elif args.format == "jsonl":
+        index = index_jsonl(
+            files, args.captions, args.image_field, args.caption_field, args.synthetic
+        )
+    else:
+        index = index_imagefolder(files, args.template, args.classes, args.synthetic or ())
+    digest = hashlib.sha256()
+    for item in index.items:
+        digest.update(json.dumps([item.key, item.captions, item.label, *item.synthetic]).encode())
+    return Input(
+        index.items,
+        ListedReader(files),
+        index.refused,
+        index.class_names,
+        args.synthetic is not None,
+        digest.hexdigest(),
+    )
+
+
+# Sources ----------------------------------------------------------------------------------------
+
+
+class SourceReader(NamedTuple):
+    source: Source
+    has_synthetic: bool
+
+    def name(self, item: int) -> str:
+        return self.source.locate(item)
+
+    def read(self, item: int) -> Record:
+        found = self.source[item]
+        record = {name: found[name] for name in ("image", "captions", "key")}
+        if self.source.class_names:
+            record["label"] = int(found["label"])
+        if self.has_synthetic:
+            if not found.get("synthetic"):
+                raise BadRecord("no synthetic caption", "it is missing or empty")
+            record["synthetic"] = found["synthetic"]
+        return record
+
+
+# In the order of Columns.
+_COLUMN_FLAGS = [f"--{field}-column" for field in "image caption synthetic key label".split()]
+
+
+def read_source(args: argparse.Namespace) -> Input:
+    columns = Columns(
+        image=args.image_column or "",
+        captions=tuple(args.caption_column or ()),
+        synthetic=tuple(args.synthetic or ()),
+        key=args.key_column or "",
+        label=args.label_column or "",
+    )
+    try:
+        source = open_source(args.source, args.source_split, columns, args.cache)
+        digest = source_digest(args, source)
+    except ValueError as error:
+        message = str(error).replace("config.data.index_cache", "--cache")
+        for field, flag in zip(Columns._fields, _COLUMN_FLAGS, strict=True):
+            message = message.replace(f"config.data.columns.{field}", flag)
+        raise InputError(f"--source {args.source}: {message}") from None
+    has_synthetic = bool(columns.synthetic) or _first_has_synthetic(source)
+    if args.format == "captions":  # which are to come, in place of those that there are
+        reader, has_synthetic = SourceReader(source, has_synthetic=False), True
+    else:
+        reader = SourceReader(source, has_synthetic)
+    refused, left_out = [], {}
+    # Of what an index of tar shards leaves out, it has the number and the first names.
+    for reason, (count, names) in getattr(source, "refused", {}).items():
+        refused += [refusal(name, BadRecord(reason, f"one of {count:,}")) for name in names]
+        left_out[reason] = count - len(names)
+    return Input(
+        range(len(source)),
+        reader,
+        refused,
+        source.class_names,
+        has_synthetic,
+        digest,
+        left_out,
+    )
+
+
+def _first_has_synthetic(source: Source) -> bool:
+    for number in range(len(source)):
+        try:
+            return bool(source[number].get("synthetic"))
+        except BadRecord:
+            continue
+    return False
+
+
+def source_digest(args: argparse.Namespace, source: Source) -> str:
+    """Changes when a shard of the source does, as far as size and time tell.
+
+    The contents are not read: that would take as long as the conversion.
+    """
+    files = [args.captions] if args.captions else []
+    if args.source != "scenes" and not args.source.startswith("tfds:"):
+        # Not indices, which opening the source may write, nor what belongs to other splits.
+        split = f"-{args.source_split.partition('[')[0]}."
+        for path in paths.expand(args.source, ""):
+            if path.endswith((".tar", ".parquet")) or split in os.path.basename(path):
+                files.append(path)
+    known = [len(source), source.class_names, list(map(os.path.basename, files))]
+    return hashlib.sha256(json.dumps([*known, *paths.versions(files)]).encode()).hexdigest()
+
+
+# Duplicates -------------------------------------------------------------------------------------
+
+
+class WithoutDuplicates:
+    """Refuses the records whose numbers are in a file; see `find_duplicates`.
+
+    It can be pickled; each process opens the file itself.
+    """
+
+    def __init__(self, reader: SourceReader, path: Path):
+        self._reader, self._path = reader, path
+
+    def __reduce__(self):
+        return WithoutDuplicates, (self._reader, self._path)
+
+    @functools.cached_property
+    def _duplicates(self) -> np.ndarray:
+        return np.load(self._path, mmap_mode="r")
+
+    def name(self, item: int) -> str:
+        return self._reader.name(item)
+
+    def read(self, item: int) -> Record:
+        place = np.searchsorted(self._duplicates, item)
+        if place < len(self._duplicates) and self._duplicates[place] == item:
+            raise BadRecord("duplicate key", "an earlier record has the same")
+        return self._reader.read(item)
+
+
+def find_duplicates(args: argparse.Namespace, reader: SourceReader, path: Path) -> None:
+    """Writes the sorted numbers of all records whose key an earlier one has, unless it is done.
+
+    Keys are compared by 64 bits of a hash: among 100 million different ones, a pair passes for the
+    same with a probability of 0.03 %. It takes about 30 bytes of memory for each record.
+    """
+    if path.exists():
+        return
+    source, unreadable = reader.source, []
+    if hasattr(source, "key_hashes") and not args.key_column:  # those of its own keys
+        hashes = source.key_hashes()
+    else:
+        hashes = np.zeros(len(source), np.uint64)
+        jobs = [range(n, min(n + 1000, len(source))) for n in range(0, len(source), 1000)]
+        progress = Progress(0, len(source), "keys")
+        for job, (part, bad) in parallel(HashKeys(source), jobs, args.workers, progress):
+            hashes[job.start : job.stop] = part
+            unreadable += bad
+    order = np.argsort(hashes, kind="stable")  # the first with a key stays the first
+    hashes = hashes[order]
+    duplicates = order[1:][hashes[1:] == hashes[:-1]]
+    temporary = temporary_name(path)
+    with open(temporary, "wb") as stream:
+        np.save(stream, np.setdiff1d(duplicates, unreadable))
+    publish(temporary, path)
+
+
+class HashKeys(NamedTuple):
+    source: Source
+
+    def __call__(self, job: range, tick: Tick) -> tuple[np.ndarray, list[int]]:
+        """A hash of each key, uint64 [len(job)], and the numbers of those that cannot be read."""
+        hashes, unreadable = np.zeros(len(job), np.uint64), []
+        for place, number in enumerate(job):
+            tick()
+            try:
+                key = self.source[number]["key"].encode()
+            except BadRecord:  # whatever hash it has, it is no duplicate
+                unreadable.append(number)
+            else:
+                digest = hashlib.blake2b(key, digest_size=8).digest()
+                hashes[place] = int.from_bytes(digest, "little")
+        return hashes, unreadable
