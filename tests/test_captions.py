@@ -164,10 +164,10 @@ class Captioner:
 
     batches: list[int] = []
 
-    def __init__(self, model, device, batch_size, max_new_tokens, prompt):
+    def __init__(self, model, device, max_new_tokens, prompt):
         if model == "nowhere":
             raise ValueError("no such model")
-        self.text = f"{prompt} {model} {device} {batch_size} {max_new_tokens}"
+        self.text = f"{prompt} {model} {device} {max_new_tokens}"
 
     def __call__(self, images: list[np.ndarray]) -> list[str]:
         assert images and all(image.dtype == np.uint8 and image.shape[2] == 3 for image in images)
@@ -188,7 +188,7 @@ MODEL = ("--model", "blip", "--batch-size", 4, "--max-new-tokens", 9, "--prompt"
 
 def test_model(birds, tmp_path, model):
     assert run(birds, tmp_path / "out", *MODEL, "--shards", 2) == 0
-    expected = [record | {"synthetic": ["so blip cpu 4 9 (24, 32)"]} for record in read(birds)]
+    expected = [record | {"synthetic": ["so blip cpu 9 (24, 32)"]} for record in read(birds)]
     assert read(tmp_path / "out") == expected
     assert Captioner.batches == [4, 4, 2, 4, 4, 2]  # none goes on from shard to shard
 

@@ -55,12 +55,9 @@ def make_captioner(args: argparse.Namespace) -> Captioner:
         return Captioner(
             args.model,
             device=args.device,
-            batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
             prompt=args.prompt,
         )
-    except ImportError as error:
-        raise InputError(f"--model: {error}; pip install 'declip-jax[captions]'") from None
     except ValueError as error:
         raise InputError(f"--model {args.model}: {error}") from None
 
