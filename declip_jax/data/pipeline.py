@@ -154,6 +154,12 @@ def train_batches(
                         record = source[index]
                         image = record["image"]
                         images[row] = random_resized_crop(image, image_views, rng, resolution)
+                        caption = _draw(record["captions"], rng)
+                        texts = {"caption": caption, "masked": caption}
+                        if "augmented" in text_views:
+                            texts["augmented"] = augment(caption, eda, synonyms_of, rng)
+                        if "synthetic" in text_views:
+                            texts["synthetic"] = _draw(record["synthetic"], rng)
                 except ValueError as error:
                     reason = error.reason if isinstance(error, BadRecord) else "unreadable image"
                     bad.append((index, reason, str(error)))
@@ -163,12 +169,6 @@ def train_batches(
                         f"{source.locate(index)}: reading it failed with {error!r}."
                     ) from error
                 image_bytes[row] = len(image) if isinstance(image, bytes) else image.nbytes
-                caption = _draw(record["captions"], rng)
-                texts = {"caption": caption, "masked": caption}
-                if "augmented" in text_views:
-                    texts["augmented"] = augment(caption, eda, synonyms_of, rng)
-                if "synthetic" in text_views:
-                    texts["synthetic"] = _draw(record["synthetic"], rng)
                 return [texts[name] for name in text_views], rng
             raise ValueError(
                 f"{_ATTEMPTS} records of {source} in a row cannot be used, the last of them "
@@ -179,9 +179,8 @@ def train_batches(
             rows = list(_pool(threads).map(fill, range(share)))
             ids = tokenize([text for texts, _ in rows for text in texts], context)
             tokens = np.zeros((share, len(text_views), full_length), np.int32)
-            tokens[..., :context] = ids.reshape(
-                *tokens.shape[:2], context
-            )  # [B * T, …] -> [B, T, …]
+            ids = ids.reshape(share, len(text_views), context)  # [B * T, …] -> [B, T, …]
+            tokens[..., :context] = ids
             longest = 1 + (tokens == EOT).argmax(-1).max()
             tokens = tokens[..., : next(n for n in lengths if n >= longest)]
             batch = {"image": images, "tokens": tokens}
