@@ -23,7 +23,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.views.weak.update(crop_scale=(0.6, 1.0), flip=0.5)
 
     config.data.source = "data/cifar10"
-    config.data.threads = 2
 
     config.optim.peak_lr = 1.5e-3
     config.optim.warmup_steps = 100

@@ -95,14 +95,15 @@ def _common() -> ConfigDict:
     # What the source calls its fields; "" and (): the usual names.
     config.data.columns = dict(image="", captions=(), synthetic=(), key="", label="")
     # Several sources instead of one: (dict(source="a", weight=3.0), dict(source="b", weight=1.0)),
-    # each with a split and columns of its own if need be. Weights are shares of the samples.
+    # each with a split and columns of its own if need be; weights are shares of the samples.
     config.data.mixture = ()
     config.data.index_cache = ""  # folder for indices of shards; "": beside them
     # More records that cannot be used than this share of a window's samples end the run.
     config.data.max_bad_fraction = 0.01
     config.data.bad_window = 10_000  # samples
     config.data.workers = 0  # processes that decode; 0: threads of this one
-    config.data.threads = 16  # that read and decode, in each process
+    # That read and decode, in each process; 0: by the number of cores. Object stores want many.
+    config.data.threads = 0
     config.data.prefetch = 4  # batches ready ahead of the step, in each process; at least 2
     # A batch has the first of these lengths, or the context, that holds its longest caption.
     config.data.token_lengths = (16, 32, 48)

@@ -37,7 +37,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.image_mean = config.image_std = (0.5, 0.5, 0.5)
 
     config.data.source = "scenes"
-    config.data.threads = 2
     # A masked token costs more than the rest of its caption: 49,409 logits.
     config.data.mask_rate = 0.05
     config.data.eda = ("swap",)  # synonyms would need a file, and a word less tells less

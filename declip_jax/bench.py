@@ -9,7 +9,6 @@ Fields of the configuration can be set: try config.data.workers and config.data.
 
 import contextlib
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from absl import app, flags, logging
 
 from declip_jax.data.image import random_resized_crop
 from declip_jax.data.order import Order
+from declip_jax.data.pipeline import cores
 from declip_jax.data.sources import Source, open_data
 from declip_jax.main import parse_flags  # and the flag --config
 from declip_jax.train import Setup
@@ -44,8 +44,8 @@ def bench(config, seconds: float, batch_size: int, say: Callable[[str], None] = 
     say(
         f"{config.method}: {len(views)} image views of {config.model.image.resolution} pixels, "
         f"text views {', '.join(setup.method.views.text)}; batches of {batch_size}, "
-        f"{config.data.workers} workers, {config.data.threads} threads, "
-        f"{len(os.sched_getaffinity(0))} cores"
+        f"config.data.workers={config.data.workers}, threads={config.data.threads}, "
+        f"{cores()} cores"
     )
 
     start = time.perf_counter()
@@ -73,7 +73,7 @@ def bench(config, seconds: float, batch_size: int, say: Callable[[str], None] = 
 
 
 def one_thread(source: Source, views: list, config, seconds: float) -> tuple[float, float]:
-    """Mean seconds to read a record, and to decode and crop its image, of records not read yet."""
+    """Mean seconds to read a record, and to decode and crop its image, in another order."""
     order, reading, decoding = Order(source, config.seed + 1), [], []
     end = time.perf_counter() + seconds
     for sample in itertools.count():
@@ -95,6 +95,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         bench(flags.FLAGS.config.copy_and_resolve_references(), _SECONDS.value, _BATCH_SIZE.value)
+    except KeyboardInterrupt:
+        sys.exit("Stopped.")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

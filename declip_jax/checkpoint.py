@@ -1,7 +1,7 @@
 """Checkpoints: the training state, the position in the data, and the configuration.
 
 Orbax writes asynchronously and atomically. Beside the arrays lies a small JSON record with the
-step, the number of samples seen, the number of records they come from, the whole configuration,
+step, the number of samples seen and a digest of the data they come from, the whole configuration,
 and a fingerprint of every leaf: array files whose bytes were flipped on disk would otherwise be
 restored without a word.
 """
@@ -82,7 +82,7 @@ class Checkpoints:
         self,
         state: TrainState,
         samples: int,
-        records: int,
+        data: str,
         config: ConfigDict,
         metrics: dict[str, float],
     ) -> None:
@@ -91,7 +91,7 @@ class Checkpoints:
         Args:
           state: of a step.
           samples: that the run has seen, its position in the data.
-          records: of the data, whose order depends on their number.
+          data: changes with the data; their order follows from them.
           config: of the run.
           metrics: of an evaluation at this step, else empty.
         """
@@ -99,7 +99,7 @@ class Checkpoints:
         record = {
             "step": step,
             "samples": samples,
-            "records": records,
+            "data": data,
             "config": json.loads(to_json(config)),
             "fingerprint": _fingerprint(state),
         }
@@ -112,7 +112,7 @@ class Checkpoints:
         )
 
     def record(self, step: int) -> dict[str, Any]:
-        """The JSON record of a step: step, samples, records, config, fingerprint."""
+        """The JSON record of a step: step, samples, data, config, fingerprint."""
         return self._manager.restore(
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         ).record

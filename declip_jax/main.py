@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         train(_CONFIG.value, Path(_WORKDIR.value))
     except KeyboardInterrupt:
         sys.exit("Stopped without saving.")
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         logging.debug("where it was raised", exc_info=True)
         sys.exit(f"error: {error}\n(--verbosity=1 shows where it was raised)")
 

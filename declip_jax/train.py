@@ -2,6 +2,8 @@
 
 import contextlib
 import difflib
+import hashlib
+import json
 import math
 import os
 import signal
@@ -183,6 +185,9 @@ def train(config, workdir: Path) -> TrainState:
     source = open_data(config.data)
     setup.batches(source).close()  # refuses what does not fit the data before anything is written
 
+    layout = json.dumps(source.layout()).encode()
+    data = hashlib.blake2b(layout, digest_size=16).hexdigest()
+
     prepare_workdir(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, best_metric)
     latest = checkpoints.latest()
@@ -200,11 +205,10 @@ def train(config, workdir: Path) -> TrainState:
             checkpoints.close()
             return state
         progress.say(f"Continuing {workdir} from step {latest} ({samples:,} pairs seen).")
-        before = record.get("records", len(source))
-        if before != len(source):
+        if record.get("data", data) != data:
             progress.say(
-                f"The data have changed: {len(source):,} records, {before:,} before. From here on "
-                "other samples come than would have come, and some of this epoch come again."
+                f"The data have changed (now {len(source):,} records): from here on other samples "
+                "come than would have come, and some of this epoch come again."
             )
     (workdir / "config.json").write_text(to_json(config), encoding="utf-8")
     progress.say(clu.parameter_overview.get_parameter_overview(state.params))
@@ -229,7 +233,7 @@ def train(config, workdir: Path) -> TrainState:
     def save_rest() -> None:
         if step != saved:
             check_finite(meter.report(step), step, workdir)
-            checkpoints.save(state, samples, len(source), config, {})
+            checkpoints.save(state, samples, data, config, {})
 
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
@@ -274,7 +278,7 @@ def train(config, workdir: Path) -> TrainState:
                 progress.say(f"Evaluation at step {step}:\n{table(evaluation)}")
             writer.write(step, scalars | evaluation)
             if saves:
-                checkpoints.save(state, samples, len(source), config, evaluation)
+                checkpoints.save(state, samples, data, config, evaluation)
                 saved = step
             meter.restart()
         save_rest()
@@ -346,7 +350,7 @@ def check_config(config, setup: Setup) -> None:
     at_least = dict.fromkeys(("total_steps", "log_every", "checkpoint.every", "checkpoint.keep"), 1)
     at_least["microbatches"] = 1
     at_least |= {
-        "data.threads": 1,
+        "data.threads": 0,
         "data.workers": 0,
         "data.prefetch": 2,
         "data.bad_window": 1,

@@ -38,7 +38,7 @@ def abstract(tree, mesh):
 def save(tmp_path, *states, **options):
     checkpoints = Checkpoints(tmp_path, **options)
     for s in states:
-        checkpoints.save(s, samples=16 * int(s.step), records=9, config=CONFIG, metrics={})
+        checkpoints.save(s, samples=16 * int(s.step), data="x", config=CONFIG, metrics={})
     checkpoints.close()
 
 
@@ -69,7 +69,7 @@ def test_keeps_the_newest_and_the_best(tmp_path):
         checkpoints = Checkpoints(tmp_path, keep=2, best_metric="val/zeroshot/top1")
         for step, top1 in scores:
             metrics = {} if top1 is None else {"val/zeroshot/top1": top1, "val/other": 1.0}
-            checkpoints.save(state(step), samples=0, records=9, config=CONFIG, metrics=metrics)
+            checkpoints.save(state(step), samples=0, data="x", config=CONFIG, metrics=metrics)
         checkpoints.close()  # the second round stands for a restarted run
     again = Checkpoints(tmp_path, read_only=True)
     assert again.steps() == [2, 5, 6]

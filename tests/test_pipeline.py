@@ -249,7 +249,7 @@ def test_workers_make_the_same_batches(workers, all_views):
 
 def test_threads_and_prefetch_change_nothing():
     expected = joined(batches(Numbered(10), 6))
-    for threads, prefetch in ((1, 2), (5, 7)):
+    for threads, prefetch in ((1, 2), (0, 7)):
         changed = batches(Numbered(10), 6, threads=threads, prefetch=prefetch)
         assert_equal(joined(changed), expected)
 
@@ -315,7 +315,7 @@ def test_a_huge_source_needs_no_list_of_its_records():
         ),
         ({"text_views": ("synthetic",)}, "numbered has no synthetic captions.*--synthetic-column"),
         ({"shard": (0, 3)}, "batch_size=4.*3"),
-        ({"threads": 0}, "threads=0"),
+        ({"threads": -1}, "threads=-1"),
         ({"seed": -1}, "seed=-1"),
     ],
 )

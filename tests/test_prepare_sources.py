@@ -12,6 +12,7 @@ import pytest
 
 from declip_jax import prepare
 from declip_jax.data import image
+from declip_jax.data.sources.webdataset import WebDataset
 from declip_jax.prepare import filters, inputs
 from tests.test_prepare import contents, encoded, manifest, read, refused
 from tests.test_readers import write_tfds
@@ -227,6 +228,25 @@ def test_shards_as_attackers_write_them(tmp_path, capsys):
     assert "kept 1 images" in printed and "damaged shard" in printed
 
 
+def test_results_are_written_to_file_systems_only(tars, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("webdataset", tars, "s3://bucket/out") == 2
+    assert "--output s3://bucket/out: must be on a local" in capsys.readouterr().err
+    assert not (tmp_path / "s3:").exists()
+
+
+def test_a_wrong_column_is_found_without_reading_everything(tmp_path, monkeypatch, capsys):
+    write_tar(tmp_path / "0.tar", {f"{n:03}": sample(n) for n in range(50)})
+    read_one, calls = WebDataset.__getitem__, []
+    monkeypatch.setattr(
+        WebDataset, "__getitem__", lambda self, i: calls.append(i) or read_one(self, i)
+    )
+    flags = ("--caption-column", "caption")
+    assert run("webdataset", tmp_path / "0.tar", tmp_path / "out", *flags) == 2
+    assert "nothing in caption; the sample has" in capsys.readouterr().err
+    assert len(calls) == 60  # ten to look whether there are synthetic captions
+
+
 def test_sources_that_cannot_be(tars, pairs, tmp_path, capsys):
     pq.write_table(pa.table({"image": [1.5], "caption": ["x"]}), tmp_path / "odd.parquet")
     write_tar(tmp_path / "cut.tar", {"0": sample(0) | {"jpg": b"cut"}})
@@ -236,6 +256,8 @@ def test_sources_that_cannot_be(tars, pairs, tmp_path, capsys):
         ("--source .*image", "parquet", tmp_path / "odd.parquet"),
         ("'unreadable image': 1", "webdataset", tmp_path / "cut.tar"),
         ("tfds:", "tfds", "tfds:there_is_no_such_set"),
+        ("for this the command is webdataset", "parquet", tars),
+        ("for this the command is array_record", "tfds", "scenes"),
     ]:
         assert run(*arguments, tmp_path / "out") == 2
         error = capsys.readouterr().err

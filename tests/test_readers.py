@@ -13,7 +13,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from configs import common
 from declip_jax.data import records
-from declip_jax.data.sources import open_data
+from declip_jax.data.sources import open_data, parquet
 from tests.test_pipeline import assert_equal, batches, indices, joined
 
 COUNT = 23
@@ -99,6 +99,12 @@ WRITERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch):
+    """Two of the six row groups at a time, as of Parquet files of some size."""
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 5000)
+
+
 @pytest.fixture(scope="module", params=["scenes", *WRITERS, "mixture"])
 def data(request, tmp_path_factory):
     """`config.data` for each format, and for a mixture of two."""
@@ -121,6 +127,8 @@ def data(request, tmp_path_factory):
 
 def test_every_record_comes_once_an_epoch(data):
     source = open_data(data)
+    if str(data.source).endswith("parquet"):
+        assert len(source.blocks) == 6 and source.blocks_together == 2
     length = len(source)
     if data.mixture:
         batch = joined(batches(source, 30, batch_size=10))

@@ -339,9 +339,9 @@ def test_data_that_changed_are_told_of(tmp_path, capsys):
     fields = {"data.source": "scenes", "data.split": "train[:100]", "total_steps": 2}
     train(tiny(CLIP, fields), tmp_path / "run")
     assert "The data have changed" not in capsys.readouterr().out
-    fields |= {"data.split": "train[:90]", "total_steps": 3}
+    fields |= {"data.split": "train[:90]", "total_steps": 3}  # its number, or which they are
     train(tiny(CLIP, fields), tmp_path / "run")
-    assert "The data have changed: 90 records, 100 before." in capsys.readouterr().out
+    assert "The data have changed (now 90 records)" in capsys.readouterr().out
 
 
 def test_loss_that_is_no_number_stops_the_run(tmp_path):

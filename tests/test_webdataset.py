@@ -466,6 +466,47 @@ def test_file_system_without_links(tmp_path, monkeypatch):
     assert keys(WebDataset(str(tmp_path), USUAL)) == ["a"]
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".json", ".npz"])
+@pytest.mark.parametrize("left", [0, 20])
+def test_damaged_index_is_made_anew(tmp_path, suffix, left):
+    write(tmp_path, sample("a"), sample("b"))
+    before = WebDataset(str(tmp_path), USUAL)
+    folder = tmp_path / ".declip_index"
+    for path in folder.glob("*" + suffix):
+        path.write_bytes(path.read_bytes()[:left])
+    if suffix == ".npz":  # which is only read when the index is put together
+        next(folder.glob("*.json")).unlink()
+        next(folder.glob("*.bin")).unlink()
+    source = WebDataset(str(tmp_path), USUAL)
+    assert [source[i] for i in range(2)] == [before[i] for i in range(2)]
+
+
+def test_indices_of_earlier_versions_are_removed(tmp_path):
+    write(tmp_path, sample("a"), sample("b"))
+    WebDataset(str(tmp_path), USUAL)
+    part = WebDataset(str(tmp_path / "00000.tar"), USUAL)
+    for version in range(3):
+        write(tmp_path, sample("b" * (version + 2)), first=1)
+        source = WebDataset(str(tmp_path), USUAL)
+    files = sorted(p.suffix for p in (tmp_path / ".declip_index").iterdir())
+    assert files == [".bin", ".bin", ".json", ".json", ".npz", ".npz"]  # also that of the part
+    assert keys(source) == ["a", "bbbb"] and keys(part) == ["a"]
+
+
+def test_layout_tells_of_changes_but_not_of_copies(tmp_path):
+    write(tmp_path, sample("a"), sample("b") + sample("c"))
+    layout = WebDataset(str(tmp_path), USUAL).layout()
+    os.utime(tmp_path / "00000.tar", (0, 0))
+    assert WebDataset(str(tmp_path), USUAL).layout() == layout
+    write(tmp_path, sample("a") + sample("b"), sample("c"))  # as many records
+    assert WebDataset(str(tmp_path), USUAL).layout() != layout
+
+
+def test_names_of_columns_may_have_dots_and_capitals(tmp_path):
+    columns = Columns(image="JPG", captions=(".txt",))
+    assert read_one(tmp_path, columns)["captions"] == ["caption of a"]
+
+
 def test_changed_tar_is_indexed_anew(tmp_path, monkeypatch):
     write(tmp_path, sample("a"), sample("b"), sample("c"))
     WebDataset(str(tmp_path), USUAL)

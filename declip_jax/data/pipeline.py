@@ -54,7 +54,7 @@ def train_batches(
     start_sample: int = 0,
     shard: tuple[int, int] = (0, 1),
     workers: int = 0,
-    threads: int = 16,
+    threads: int = 0,
     prefetch: int = 4,
     max_bad_fraction: float = 0.01,
     bad_window: int = 10_000,
@@ -83,7 +83,8 @@ def train_batches(
       start_sample: samples used before; the first batch starts with this one.
       shard: (index, count): this process' part of every batch.
       workers: processes that make batches; 0 makes them in threads of this process.
-      threads: images decoded at a time, in each process.
+      threads: images read and decoded at a time, in each process; 0: a few more than its share of
+        the cores, for more would only wait for each other.
       prefetch: batches made ahead, in each process; at least 2.
       max_bad_fraction: the stream ends with an error if more records than this share of the last
         `bad_window` samples had to be replaced.
@@ -120,7 +121,7 @@ def train_batches(
         )
     if not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"config.data.max_bad_fraction={max_bad_fraction} must lie in 0 … 1.")
-    least = {"seed": (seed, 0), "workers": (workers, 0), "threads": (threads, 1)}
+    least = {"seed": (seed, 0), "workers": (workers, 0), "threads": (threads, 0)}
     least["bad_window"] = (bad_window, 1)
     for name, (value, minimum) in least.items():
         if value < minimum:
@@ -133,6 +134,7 @@ def train_batches(
     if not flags.FLAGS.is_parsed():  # outside of absl.app.run; grain reads its own flags
         flags.FLAGS.mark_as_parsed()
 
+    threads = threads or cores() // max(1, workers) + 2
     share = batch_size // count
     order = Order(source, seed)
     in_hand = InHand(threads) if workers else None
@@ -339,7 +341,7 @@ def eval_images(
                 ) from error
             return {name: value for name, value in record.items() if name != "image"}
 
-        rows = list(_pool(os.cpu_count()).map(fill, range(len(indices)), indices))
+        rows = list(_pool(cores()).map(fill, range(len(indices)), indices))
         batch = {"image": images}
         batch["captions"] = [row["captions"] for row in rows]
         batch["key"] = [row["key"] for row in rows]
@@ -354,6 +356,12 @@ def eval_images(
         .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
     )
     return _iterate(dataset)
+
+
+def cores() -> int:
+    """That this process may use."""
+    # Not on all systems can a process be held to some.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @functools.cache

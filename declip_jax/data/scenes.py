@@ -322,6 +322,9 @@ class Scenes(Source):
     def __len__(self) -> int:
         return self._length
 
+    def layout(self) -> list:
+        return [self.split, len(self)]
+
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} outside the {len(self)} scenes of {self.split!r}")

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import os
 import re
+import sqlite3
 import sys
 import zipfile
 import zlib
@@ -12,6 +13,7 @@ from typing import Any
 
 from declip_jax.data import image
 from declip_jax.data.raw import InputError
+from declip_jax.data.sources.paths import is_remote
 from declip_jax.prepare.conversion import prepare
 from declip_jax.prepare.synonyms import write_synonyms
 from declip_jax.prepare.verify import verify
@@ -30,13 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; finished shards are kept, the same command continues", file=sys.stderr)
         return 130
-    except (InputError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except (InputError, OSError, zipfile.BadZipFile, zlib.error, sqlite3.Error) as error:
         print(f"prepare: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def check_arguments(args: argparse.Namespace) -> None:
+    for flag in ("output", "images", "captions"):
+        if is_remote(getattr(args, flag, None) or ""):
+            raise InputError(
+                f"--{flag} {getattr(args, flag)}: must be on a local or mounted file system"
+            )
     args.name = args.name or os.path.basename(os.path.abspath(args.output))
     for flag in ("name", "split"):
         value = getattr(args, flag)

@@ -80,8 +80,9 @@ def prepare(args: argparse.Namespace) -> None:
         try:
             manifest, refused = convert(args, found, settings, work)
         except InputError:
-            if not any(work.glob(f"{args.name}-{args.split}.*.json")):  # no shard is finished
-                shutil.rmtree(work, ignore_errors=True)  # nor in the way of other settings
+            dear = (f"{args.name}-{args.split}.*.json", "duplicates.npy", "captions.sqlite")
+            if not any(any(work.glob(pattern)) for pattern in dear):
+                shutil.rmtree(work, ignore_errors=True)  # not in the way of other settings
             raise
         for shard in manifest["shards"]:
             if (work / shard["name"]).exists():  # else an interrupted run has moved it already

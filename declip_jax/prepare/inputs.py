@@ -4,7 +4,6 @@ import argparse
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +22,7 @@ from declip_jax.data.raw import (
 )
 from declip_jax.data.records import BadRecord, Record
 from declip_jax.data.sources import Columns, Source, open_source, paths
+from declip_jax.data.sources.derived import Part
 from declip_jax.prepare.files import publish, temporary_name
 from declip_jax.prepare.parallel import Progress, Tick, parallel
 
@@ -143,6 +143,7 @@ def read_source(args: argparse.Namespace) -> Input:
         for field, flag in zip(Columns._fields, _COLUMN_FLAGS, strict=True):
             message = message.replace(f"config.data.columns.{field}", flag)
         raise InputError(f"--source {args.source}: {message}") from None
+    check_format(args, source)
     has_synthetic = bool(columns.synthetic) or _first_has_synthetic(source)
     if args.format == "captions":  # which are to come, in place of those that there are
         reader, has_synthetic = SourceReader(source, has_synthetic=False), True
@@ -165,7 +166,7 @@ def read_source(args: argparse.Namespace) -> Input:
 
 
 def _first_has_synthetic(source: Source) -> bool:
-    for number in range(len(source)):
+    for number in range(min(len(source), 10)):
         try:
             return bool(source[number].get("synthetic"))
         except BadRecord:
@@ -178,15 +179,18 @@ def source_digest(args: argparse.Namespace, source: Source) -> str:
 
     The contents are not read: that would take as long as the conversion.
     """
-    files = [args.captions] if args.captions else []
-    if args.source != "scenes" and not args.source.startswith("tfds:"):
-        # Not indices, which opening the source may write, nor what belongs to other splits.
-        split = f"-{args.source_split.partition('[')[0]}."
-        for path in paths.expand(args.source, ""):
-            if path.endswith((".tar", ".parquet")) or split in os.path.basename(path):
-                files.append(path)
-    known = [len(source), source.class_names, list(map(os.path.basename, files))]
-    return hashlib.sha256(json.dumps([*known, *paths.versions(files)]).encode()).hexdigest()
+    files = [*source.files, *([args.captions] if args.captions else [])]
+    known = [source.layout(), source.class_names, paths.versions(files)]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def check_format(args: argparse.Namespace, source: Source) -> None:
+    """Raises InputError if the command is the one for sources of another kind."""
+    kind = type(source.source if isinstance(source, Part) else source).__name__
+    commands = {"WebDataset": "webdataset", "Parquet": "parquet", "TfdsSource": "tfds"}
+    command = commands.get(kind, "array_record")
+    if args.format not in (command, "captions"):
+        raise InputError(f"--source {args.source}: for this the command is {command}")
 
 
 # Duplicates -------------------------------------------------------------------------------------

@@ -39,7 +39,12 @@ def is_name(source: str) -> bool:
 
 def check_settings(path: Path, settings: Mapping[str, Any], advice: str) -> None:
     """Raises InputError unless the settings kept in `path` are these."""
-    before = json.loads(path.read_text())["settings"]
+    try:
+        before = json.loads(path.read_text())["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); delete {path.parent} to begin again"
+        ) from None
     different = [
         f"{key} was {before.get(key)!r:.80}, now {settings.get(key)!r:.80}"
         for key in sorted(before.keys() | settings.keys())

@@ -1,10 +1,13 @@
 """Random access to the records of a data set, in the formats that data sets come in."""
 
+import contextlib
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
 from tensorflow_datasets import builder_from_directory
 
 from declip_jax.data import records
@@ -54,21 +57,54 @@ def open_source(name: str, split: str, columns: Columns = _USUAL, cache: str = "
         from declip_jax.data.sources.tfds import TfdsSource
 
         return TfdsSource(name, split, columns)
-    inside = fs.ls(path, detail=False) if fs.isdir(path) else ()
-    endings = {os.path.splitext(file)[1] for file in (name.rstrip("}"), *inside)}
-    if ".tar" in endings:
+    suffix = _suffix(name)
+    if suffix == ".tar":
         from declip_jax.data.sources.webdataset import WebDataset
 
-        return part_of(WebDataset(name, columns, cache), split)
-    if ".parquet" in endings:
+        return part_of(WebDataset(_of_split(name, split, suffix), columns, cache), split)
+    if suffix == ".parquet":
         from declip_jax.data.sources.parquet import Parquet
 
-        return part_of(Parquet(name, columns), split)
+        return part_of(Parquet(_of_split(name, split, suffix), columns), split)
+    inside = fs.ls(path, detail=False) if fs.isdir(path) else ()
+    if inside:
+        problem = f"that folder has {sorted(map(os.path.basename, inside))[:5]}"
+    elif re.search(r"\.(tar\.\w+|tgz)$", name):
+        problem = "of a compressed tar no record can be read alone; unpack it to .tar"
+    else:
+        problem = "there is no such file or folder, or it is empty"
     raise ValueError(
         f"data source {name!r} is not 'scenes', 'tfds:NAME', a directory that python -m "
-        "declip_jax.prepare or TFDS wrote, or .tar or .parquet files"
-        + (f": that folder has {sorted(map(os.path.basename, inside))[:5]}." if inside else ".")
+        f"declip_jax.prepare or TFDS wrote, or .tar or .parquet files: {problem}."
     )
+
+
+def _suffix(name: str) -> str | None:
+    """Of the files that a name, pattern or folder stands for, if it is one that can be read."""
+    for suffix in (".tar", ".parquet"):
+        if name.rstrip("}").endswith(suffix):
+            return suffix  # what is missing of them is told when they are opened
+    for suffix in (".tar", ".parquet"):
+        with contextlib.suppress(ValueError):
+            if all(file.endswith(suffix) for file in paths.expand(name, suffix)):
+                return suffix
+    return None
+
+
+def _of_split(name: str, split: str, suffix: str) -> str:
+    """Of a folder with files of several splits, as Hugging Face names them, those of one."""
+    fs, path = paths.file_system(name)
+    if not fs.isdir(path):
+        return name
+    files = [os.path.basename(file) for file in fs.ls(path, detail=False)]
+    named = [re.fullmatch(rf"(\w+)-\d+-of-\d+(-\w+)?{re.escape(suffix)}", file) for file in files]
+    splits = sorted({match[1] for match in named if match})
+    word = split.partition("[")[0]
+    if not splits:
+        return name
+    if word not in splits:
+        raise ValueError(f"{name!r} has no files of the split {word!r}, only of {splits}.")
+    return os.path.join(name, f"{word}-*-of-*{suffix}")
 
 
 def _check_no_columns(name: str, columns: Columns) -> None:
@@ -76,16 +112,20 @@ def _check_no_columns(name: str, columns: Columns) -> None:
         if value:
             raise ValueError(
                 f"config.data.columns.{field}={value!r}: the fields of {name!r} have fixed names; "
-                "leave it empty, or in a mixture set it for the sources that have it."
+                "leave it empty."
             )
 
 
 def _is_prepared(directory: str) -> bool:
+    """Whether it has the features that `prepare` writes, by name and kind."""
     try:
         present = builder_from_directory(directory).info.features
     except Exception:  # of several kinds, which PreparedSource tells about
         return True
-    return set(records.features()) <= set(present)
+    return all(
+        name in present and present[name].get_tensor_info() == feature.get_tensor_info()
+        for name, feature in records.features().items()
+    )
 
 
 def open_data(data: Any) -> Source:
@@ -100,7 +140,7 @@ def open_data(data: Any) -> Source:
                 "config.data.source is empty: name the data to train on, such as a directory that "
                 "python -m declip_jax.prepare wrote, or 'scenes'."
             )
-        return open_source(data.source, data.split, Columns(**data.columns), data.index_cache)
+        return open_source(data.source, data.split, _columns(data.columns), data.index_cache)
     if data.source:
         raise ValueError(
             f"config.data.source={data.source!r} and config.data.mixture are both set: clear one."
@@ -108,24 +148,39 @@ def open_data(data: Any) -> Source:
     sources, weights = [], []
     for entry in data.mixture:
         _check_names(entry, ("source", "split", "weight", "columns"), "config.data.mixture")
-        columns = dict(data.columns) | dict(entry.get("columns", {}))
-        _check_names(columns, Columns._fields, "columns of config.data.mixture")
-        if "source" not in entry:
+        if not isinstance(entry.get("source"), str):
             raise ValueError(f"config.data.mixture: {dict(entry)} has no 'source'.")
+        columns = entry.get("columns", {})
+        _check_names(columns, Columns._fields, "columns of config.data.mixture")
+        columns = _columns(dict(data.columns) | dict(columns))
         split = entry.get("split", data.split)
-        sources.append(open_source(entry["source"], split, Columns(**columns), data.index_cache))
+        sources.append(open_source(entry["source"], split, columns, data.index_cache))
         weights.append(entry.get("weight"))
-    if None in weights:
-        if any(weights):
-            raise ValueError(
-                "config.data.mixture: give every source a 'weight', or none, and each then has as "
-                "many as it has records."
-            )
+    if weights.count(None) == len(weights):
         weights = list(map(len, sources))
+    if not all(isinstance(weight, int | float) for weight in weights):
+        raise ValueError(
+            f"config.data.mixture has the weights {weights}: give every source a number as its "
+            "'weight', or none, and each then has as many as it has records."
+        )
     return Mixture(sources, weights)
 
 
-def _check_names(entry: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+def _columns(named: Mapping[str, Any]) -> Columns:
+    """One caption column may stand without a tuple around it."""
+    several = {
+        name: (named[name],) if isinstance(named[name], str) else tuple(named[name])
+        for name in ("captions", "synthetic")
+    }
+    return Columns(**{**named, **several})
+
+
+def _check_names(entry: Any, known: tuple[str, ...], where: str) -> None:
+    if not isinstance(entry, Mapping | ConfigDict):
+        raise ValueError(
+            f"{where}: expected dict({known[0]}=…), not {entry!r}; a mixture of one has a comma "
+            "after it."
+        )
     for name in entry:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

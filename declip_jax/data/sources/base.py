@@ -1,5 +1,6 @@
 """What a source of records is."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +33,7 @@ class Source(Protocol):
 
     Attributes:
       class_names: by label; empty without classes.
+      files: that have the records, one after the other, or nothing where there are none.
       blocks: int64, the first record of each part that is read as a whole, ascending from 0; None
         if any record can be read alone.
       blocks_together: training reads the records of so many blocks at nearly the same time; a
@@ -39,6 +41,7 @@ class Source(Protocol):
     """
 
     class_names: tuple[str, ...] = ()
+    files: Sequence[str] = ()
     blocks: np.ndarray | None = None
     blocks_together: int = 1
 
@@ -51,6 +54,10 @@ class Source(Protocol):
           BadRecord: this record cannot be used, though others may be.
         """
         ...
+
+    def layout(self) -> list[Any]:
+        """What the order of the records follows from, in plain values; other data have another."""
+        return [len(self), list(map(os.path.basename, self.files))]
 
     def locate(self, index: int) -> str:
         """Where a record is stored, for messages: the shard, and its place or name there."""

@@ -15,8 +15,8 @@ class Part(Source):
     """Records `first` to `last` - 1 of a source."""
 
     def __init__(self, source: Source, first: int, last: int):
-        self._source, self._first, self._last = source, first, last
-        self.class_names = source.class_names
+        self.source, self._first, self._last = source, first, last
+        self.class_names, self.files = source.class_names, source.files
         self.blocks_together = source.blocks_together
         if source.blocks is not None:
             starts = np.maximum(source.blocks, first) - first
@@ -24,10 +24,13 @@ class Part(Source):
             self.blocks = starts[(ends > 0) & (starts < last - first)]
 
     def __str__(self) -> str:
-        return f"{self._source} [{self._first}:{self._last}]"
+        return f"{self.source} [{self._first}:{self._last}]"
 
     def __len__(self) -> int:
         return self._last - self._first
+
+    def layout(self) -> list[Any]:
+        return [self._first, self._last, self.source.layout()]
 
     def _at(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -35,10 +38,10 @@ class Part(Source):
         return self._first + index
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._source[self._at(index)]
+        return self.source[self._at(index)]
 
     def locate(self, index: int) -> str:
-        return self._source.locate(self._at(index))
+        return self.source.locate(self._at(index))
 
 
 def part_of(source: Source, split: str) -> Source:
@@ -91,6 +94,7 @@ class Mixture(Source):
             )
         self.slots = slots  # of each SLOTS samples in a row, how many are of each source
         self._firsts = np.cumsum([0, *map(len, self.sources)])
+        self.files = [file for source in self.sources for file in source.files]
         if len({source.class_names for source in self.sources}) == 1:
             self.class_names = self.sources[0].class_names
 
@@ -99,6 +103,9 @@ class Mixture(Source):
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
+
+    def layout(self) -> list[Any]:
+        return [self.slots.tolist(), *(source.layout() for source in self.sources)]
 
     def _at(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):

@@ -47,7 +47,7 @@ def choose(
     if field == "image" and len(fitting) == 1:
         chosen = chosen or fitting
     if field in ("image", "captions") and not chosen:
-        problem = f"has none of the usual ones ({', '.join(usual)})"
+        problem = f"has none of the usual ones ({', '.join(usual)}) that can be read"
     if problem:
         raise ValueError(
             f"config.data.columns.{field}: {where} {problem}; name {expected}. It has: "

@@ -52,23 +52,23 @@ class Parquet(Source):
 
     def __init__(self, pattern: str, columns: Columns):
         self._pattern = pattern
-        self._paths = paths.expand(pattern, ".parquet")
-        self._folder = os.path.commonprefix(self._paths).rfind("/") + 1  # in letters of each path
+        self.files = paths.expand(pattern, ".parquet")
+        self._folder = os.path.commonprefix(self.files).rfind("/") + 1  # in letters of each path
         # From this thread, for fsspec makes a file system of its own for each.
-        places = [paths.file_system(path) for path in self._paths]
-        _, schema = _footer(self._paths[0], places[0])
-        self._columns = _resolve(columns, schema, self._paths[0])
+        places = [paths.file_system(path) for path in self.files]
+        _, schema = _footer(self.files[0], places[0])
+        self._columns = _resolve(columns, schema, self.files[0])
         self.class_names = _class_names(schema, self._columns.label)
         if self._columns.label and not self.class_names:
             raise ValueError(
-                f"config.data.columns.label: {self._paths[0]} does not tell the names of the "
+                f"config.data.columns.label: {self.files[0]} does not tell the names of the "
                 f"classes in {self._columns.label!r}, as the datasets library notes them for a "
                 "ClassLabel. Save the files with them, or leave the label out."
             )
         image, captions, synthetic, key, label = self._columns
         self._needed = [name for name in (image, *captions, *synthetic, key, label) if name]
         with ThreadPoolExecutor(paths.REQUESTS) as pool:
-            files = list(pool.map(self._row_groups, self._paths, places))
+            files = list(pool.map(self._row_groups, self.files, places))
         # Of the row groups of all files that have rows: [groups], each.
         file = np.repeat(np.arange(len(files), dtype=np.uint32), [len(groups) for groups in files])
         number, rows, size = np.concatenate(files).T
@@ -87,7 +87,7 @@ class Parquet(Source):
         metadata, schema = _footer(path, place)
         _resolve(self._columns, schema, path)
         if _class_names(schema, self._columns.label) != self.class_names:
-            raise ValueError(f"{path} and {self._paths[0]} have different classes.")
+            raise ValueError(f"{path} and {self.files[0]} have different classes.")
         prefixes = tuple(f"{name}." for name in self._needed)
         leaves = [
             leaf
@@ -112,6 +112,9 @@ class Parquet(Source):
 
     def __len__(self) -> int:
         return self._length
+
+    def layout(self) -> list[Any]:
+        return [*super().layout(), self.blocks.tolist(), self.blocks_together]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         columns, block = self._columns, self._block(index)
@@ -145,7 +148,7 @@ class Parquet(Source):
 
     def locate(self, index: int) -> str:
         block = self._block(index)
-        path, row = self._paths[self._file[block]], index - self.blocks[block]
+        path, row = self.files[self._file[block]], index - self.blocks[block]
         return f"{path}: row group {self._number[block]}, row {row}"
 
     def _block(self, index: int) -> int:
@@ -155,11 +158,11 @@ class Parquet(Source):
         """A file and a row in it, as in "train-00000:17"; files in several folders keep these."""
         file = self._file[block]
         row = index - self.blocks[np.searchsorted(self._file, file)]
-        return f"{self._paths[file][self._folder :].removesuffix('.parquet')}:{row}"
+        return f"{self.files[file][self._folder :].removesuffix('.parquet')}:{row}"
 
     def _read(self, block: int) -> pa.Table | str:
         """The row group of a block, or in words how it is damaged."""
-        path, number = self._paths[self._file[block]], int(self._number[block])
+        path, number = self.files[self._file[block]], int(self._number[block])
         try:
             # Opened anew: its footer costs little beside a row group, and several threads cannot
             # share a reader.
@@ -269,11 +272,12 @@ def _is_binary(kind: pa.DataType) -> bool:
 def _is_text(kind: pa.DataType) -> bool:
     if types.is_dictionary(kind):
         kind = kind.value_type
-    return types.is_string(kind) or types.is_large_string(kind)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _is_texts(kind: pa.DataType) -> bool:
-    is_list = types.is_list(kind) or types.is_large_list(kind)
+    lists = types.is_list, types.is_large_list, types.is_fixed_size_list
+    is_list = any(is_such(kind) for is_such in lists)
     return _is_text(kind.value_type if is_list else kind)
 
 

@@ -87,7 +87,9 @@ def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{path!r} cannot be opened: {error}.") from error
+        extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}.get(path.partition("://")[0])
+        hint = f" pip install 'declip-jax[{extra}]' brings it." if extra else ""
+        raise ValueError(f"{path!r} cannot be opened: {error}.{hint}") from error
 
 
 def versions(paths: Sequence[str]) -> list[FileVersion]:

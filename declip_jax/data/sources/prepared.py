@@ -42,6 +42,7 @@ class Shards(Source):
             ) from error
         # Which of its records a shard gives: {filename, skip, take}.
         self._shards = builder.info.splits[split].file_instructions
+        self.files = [shard.filename for shard in self._shards]
         present = {path.name for path in directory.iterdir()}
         missing = sorted({shard.basename() for shard in self._shards} - present)
         if missing:
@@ -52,6 +53,9 @@ class Shards(Source):
 
     def __len__(self) -> int:
         return len(self._data)
+
+    def layout(self) -> list[Any]:
+        return [*super().layout(), [(shard.skip, shard.take) for shard in self._shards]]
 
     def stored(self, index: int) -> bytes:
         """A record as it is stored.

@@ -15,6 +15,8 @@ import tempfile
 import threading
 import time
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -54,7 +56,7 @@ def open_index(tars: Sequence[str], cache: str) -> Path:
             raise ValueError(f"{tar} has {version.size:,} bytes: at most {MAX_TAR_BYTES:,} can be.")
     places = [_place(folder, tars, versions) for folder in _folders(tars, cache)]
     for _, table in places:  # also one that somebody else wrote, where we cannot
-        if table.exists():
+        if _is_whole(table):
             return table
     errors = []
     for files, table in places:
@@ -64,14 +66,27 @@ def open_index(tars: Sequence[str], cache: str) -> Path:
         except OSError as error:
             errors.append(str(error))
             continue
+        if table.exists():  # written last, so this is damage, and nobody is at work on it
+            for damaged in (table, table.with_suffix(".bin")):
+                damaged.unlink(missing_ok=True)
         _index_tars(tars, versions, files)
         _merge(tars, files, table)
-        _tidy(files)
+        _tidy(files, table)
+        if not _is_whole(table):
+            raise ValueError(f"the index {table} is damaged; delete {table.parent} and try again.")
         return table
     raise ValueError(
         f"the index of {tars[0]} and what is beside it cannot be written ({'; '.join(errors)}): "
         "set config.data.index_cache to a folder where it can."
     )
+
+
+def _is_whole(table: Path) -> bool:
+    try:
+        records = sum(json.loads(table.read_text(encoding="utf-8"))["records"])
+        return table.with_suffix(".bin").stat().st_size == records * RECORD.itemsize
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _folders(tars: Sequence[str], cache: str) -> list[Path]:
@@ -109,7 +124,7 @@ def _index_tars(
     jobs = [
         (tar, version.size, file)
         for tar, version, file in zip(tars, versions, files, strict=True)
-        if not file.exists()
+        if _load(file) is None
     ]
     # All processes of a run begin at the same time: in different orders they share the work.
     random.SystemRandom().shuffle(jobs)
@@ -135,7 +150,7 @@ def _index_tars(
                 done.result()
                 progress.update()
         except BrokenProcessPool:
-            raise RuntimeError(
+            raise ValueError(
                 "a process that indexes shards was killed, perhaps because memory ran out; opening "
                 "them again continues"
             ) from None
@@ -153,7 +168,8 @@ def _start_worker() -> None:
 
 
 def _index_tar(tar: str, size: int, file: Path) -> None:
-    if not file.exists():  # else another process has been here
+    if _load(file) is None:  # else another process has been here
+        file.unlink(missing_ok=True)  # it is damaged
         records, refused = scan(tar, size)
         with _published(file) as stream:
             np.savez(stream, records=records, refused=json.dumps(refused))
@@ -164,11 +180,11 @@ def _merge(tars: Sequence[str], files: Sequence[Path], table: Path) -> None:
     counts, refused = [], {}
     with _published(table.with_suffix(".bin")) as stream:
         for file in files:
-            with np.load(file, allow_pickle=False) as contents:
-                counts.append(len(contents["records"]))
-                stream.write(contents["records"].tobytes())
-                for reason, (count, names) in json.loads(str(contents["refused"])).items():
-                    _count(refused, reason, count, names)
+            records, left_out = _load(file)
+            counts.append(len(records))
+            stream.write(records.tobytes())
+            for reason, (count, names) in left_out.items():
+                _count(refused, reason, count, names)
         if not any(counts):
             left_out = f"; left out: {tell(refused)}" if refused else ""
             raise ValueError(
@@ -176,7 +192,17 @@ def _merge(tars: Sequence[str], files: Sequence[Path], table: Path) -> None:
                 f"KEY.jpg, KEY.txt and so on{left_out}."
             )
     with _published(table) as stream:
-        stream.write(json.dumps({"records": counts, "refused": refused}).encode())
+        contents = {"records": counts, "refused": refused, "files": [f.name for f in files]}
+        stream.write(json.dumps(contents).encode())
+
+
+def _load(file: Path) -> tuple[np.ndarray, Refused] | None:
+    """What `_index_tar` wrote; None if it is not there or damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as contents:
+            return contents["records"].astype(RECORD), json.loads(str(contents["refused"]))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 @contextlib.contextmanager
@@ -201,18 +227,25 @@ def _published(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def _tidy(files: Sequence[Path]) -> None:
-    """Removes the index files of earlier versions of the tars, and what killed processes left."""
-    names = {file.name for file in files}
+def _tidy(files: Sequence[Path], table: Path) -> None:
+    """Removes what is of earlier versions of the tars, and what killed processes left."""
+    folder, names = table.parent, {file.name for file in files}
     tars = {name.rpartition("-")[0] for name in names}
     yesterday = time.time() - 24 * 3600
-    for entry in os.scandir(files[0].parent):
-        tar, _, version = entry.name.rpartition("-")
-        with contextlib.suppress(FileNotFoundError):  # another process tidies too
+    with contextlib.suppress(FileNotFoundError):  # another process tidies too
+        for entry in list(os.scandir(folder)):
+            tar, _, version = entry.name.rpartition("-")
             if (version.endswith(".npz") and tar in tars and entry.name not in names) or (
                 entry.name.endswith(TEMPORARY) and entry.stat().st_mtime < yesterday
             ):
                 os.unlink(entry.path)
+    for other in folder.glob("index-*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            parts = json.loads(other.read_text(encoding="utf-8"))["files"]
+            # Who has it mapped keeps it.
+            if not all((folder / part).exists() for part in parts):
+                other.unlink()
+                other.with_suffix(".bin").unlink()
 
 
 def scan(tar: str, size: int) -> tuple[np.ndarray, Refused]:

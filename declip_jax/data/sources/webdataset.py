@@ -49,19 +49,25 @@ class WebDataset(Source):
     """
 
     def __init__(self, pattern: str, columns: Columns, cache: str = ""):
-        self._name, self._columns = f"webdataset {pattern}", columns
+        self._name = f"webdataset {pattern}"
         if columns.label:
             raise ValueError(
                 f"config.data.columns.label={columns.label!r}: labels are not read from "
                 "webdatasets; leave it empty."
             )
+        columns = columns._replace(
+            image=columns.image.lower().lstrip("."),
+            captions=[name.lstrip(".") for name in columns.captions],
+            synthetic=[name.lstrip(".") for name in columns.synthetic],
+        )
         if columns.key and not columns.key.startswith("json."):
             raise ValueError(
                 f"config.data.columns.key={columns.key!r}: expected a field of KEY.json, such as "
                 "'json.uid', or '' for the name in the tar."
             )
-        self._tars = paths.expand(pattern, ".tar")
-        table = open_index(self._tars, cache)
+        self._columns = columns
+        self.files = paths.expand(pattern, ".tar")
+        table = open_index(self.files, cache)
         contents = json.loads(table.read_text(encoding="utf-8"))
         self._index = table.with_suffix(".bin")
         self._firsts = np.cumsum([0, *contents["records"]])  # of each tar, and behind the last
@@ -82,6 +88,9 @@ class WebDataset(Source):
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
+
+    def layout(self) -> list[Any]:
+        return [*super().layout(), self._firsts.tolist()]
 
     def key_hashes(self) -> np.ndarray:
         """uint64 [N]: equal for equal keys in different shards; see `key_hash`."""
@@ -112,7 +121,7 @@ class WebDataset(Source):
         shard = np.searchsorted(self._firsts, index, "right") - 1
         block, blocks, key = self._records[index].item()
         number = index - int(self._firsts[shard])
-        return _Span(self._tars[shard], number, block * BLOCK, blocks * BLOCK, key)
+        return _Span(self.files[shard], number, block * BLOCK, blocks * BLOCK, key)
 
     def _read(self, index: int) -> "_Sample":
         span = self._span(index)
