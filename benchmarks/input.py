@@ -160,7 +160,7 @@ def run_pipeline(connection, name: str, cores: list[int], images: list[bytes], v
                 multiprocessing_context="spawn" if workers else None,
             )
         )
-    for _ in range(max(2 * workers, 1)):  # all processes have begun
+    for _ in range(8 * max(workers, 1)):  # all processes have begun, and have touched their memory
         next(batches)
     connection.send("ready")
     while count := connection.recv():
@@ -171,6 +171,8 @@ def run_pipeline(connection, name: str, cores: list[int], images: list[bytes], v
         connection.send(time.perf_counter() - start)
     if what == "declip_jax":
         batches.close()
+    else:
+        os.killpg(0, signal.SIGKILL)  # told to end, torch's spawned workers abort with a trace
 
 
 class Pipeline:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from declip_jax.data.pipeline import eval_images
-from declip_jax.data.sources import open_source
+from declip_jax.data.sources import open_data, open_source
 from declip_jax.data.tokenizer import tokenize
 from declip_jax.evals.retrieval import top_matches
 from declip_jax.evaluate import load
@@ -217,8 +217,11 @@ def make_gallery(config, encoder, images: int, captions: int) -> list:
       images: how many of the set to search, spread evenly over it.
       captions: how many to show, spread evenly over those images'.
     """
-    settings = config.eval.retrieval if config.eval.retrieval.source else config.data
-    source = open_source(settings.source, settings.split)
+    settings = config.eval.retrieval
+    if settings.source:
+        source = open_source(settings.source, settings.split)
+    else:
+        source = open_data(config.data)
     pixels, captions_of = [], []
     for batch in eval_images(
         source,
