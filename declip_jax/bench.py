@@ -1,6 +1,6 @@
 """Measure the input of a run alone: what its data, decoding and text preparation can deliver.
 
-  python -m declip_jax.bench --config configs/declip_vit_b32_yfcc15m.py \\
+  python -m declip_jax.bench --config configs/clip_vit_b32_yfcc15m.py \\
       --config.data.source='cc12m/{00000..01242}.tar' --config.data.workers=8
 
 A step of batch_size pairs must take at least batch_size / (pairs/s) seconds, or it waits for data.
