@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 .PHONY: help setup quickstart test test-all test-extras lint format clean
 
 help:
-	@echo "make quickstart  train DeCLIP on drawn scenes, score it, draw runs/quickstart/report.png"
+	@echo "make quickstart  train DeCLIP on drawn scenes, score it, write runs/quickstart/report.html"
 	@echo "make test        run the tests (make test-all adds a whole quickstart, five minutes)"
 	@echo "make test-extras test what needs Apache Beam or transformers, in an environment of its own"
 	@echo "make lint        ruff check and format check"
@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml
 quickstart: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 quickstart: setup
 	$(BIN)/python -m declip_jax.main --config configs/quickstart.py --workdir $(QUICKSTART)
-	$(BIN)/python -m declip_jax.report --workdir $(QUICKSTART)
+	$(BIN)/python -m declip_jax.report $(QUICKSTART)
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile

@@ -37,6 +37,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim.decay_rules = (("", True),)  # everything
     config.optim.clip_norm = 1.0
 
-    config.eval.resize = 224
+    config.eval.preprocess = "openai"
     config.eval.retrieval.prefix = "a photo of "
     return common.finish(config, arg)

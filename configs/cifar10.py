@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.best_metric = "val/zeroshot/top1"
 
     config.eval.every = 300
-    config.eval.resize = 32
+    config.eval.preprocess = "train"
     config.eval.zeroshot.source = "data/cifar10"
     config.eval.zeroshot.templates = (
         "a photo of a {}.",

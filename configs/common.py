@@ -151,7 +151,11 @@ def _common() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every = 0  # steps; 0: never during training
     config.eval.batch_size = 256
-    config.eval.resize = 256  # short side before the centre crop
+    # "declip": 224 of 256 pixels, ImageNet's mean; "openai": 224 of 224, CLIP's; "train": so too,
+    # with the run's own mean and standard deviation
+    config.eval.preprocess = "declip"
+    config.eval.suite = ""  # of `declip_jax.evaluate`: by name, or a .py file
+    config.eval.data_dir = "data"  # where the sets of a suite are
     config.eval.zeroshot = ConfigDict()
     config.eval.zeroshot.source = ""  # "": not evaluated during training
     config.eval.zeroshot.split = "test"
@@ -204,6 +208,6 @@ def _tiny(config: ConfigDict) -> None:
     config.optim.warmup_steps = 2
     config.log_every = 1
     config.checkpoint.every = 2
-    config.eval.update(every=4, batch_size=16, resize=32)
+    config.eval.update(every=4, batch_size=16, suite="")
     config.eval.zeroshot.update(source="scenes", split="zeroshot")
     config.eval.retrieval.update(source="scenes", split="test")

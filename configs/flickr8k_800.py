@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.eval.every = 300
     config.eval.batch_size = 128
-    config.eval.resize = 64
+    config.eval.preprocess = "train"
     config.eval.retrieval.source = "data/flickr8k_800"
     config.eval.retrieval.split = "train"  # whether it can learn photographs, not generalisation
     return common.finish(config, arg)

@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.eval.every = 280
     config.eval.batch_size = 128
-    config.eval.resize = 32
+    config.eval.preprocess = "train"
     config.eval.zeroshot.source = "scenes"
     config.eval.zeroshot.split = "zeroshot"
     config.eval.zeroshot.templates = ("a {}.", "there is a {}.", "a picture of a {}.")

@@ -5,6 +5,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from declip_jax import augment
+from declip_jax.evals.preprocess import preprocess
 from declip_jax.methods import Method
 from declip_jax.parallel.mesh import check_batch_size, replicated, shard_batch
 
@@ -16,19 +17,20 @@ class Encoder:
 
     Args:
       method: whose model encodes.
-      config: the run's configuration (normalisation, `eval.batch_size`).
+      config: the run's configuration (`eval.preprocess`, `eval.batch_size`).
       mesh: the batch is divided over its devices.
     """
 
     def __init__(self, method: Method, config, mesh: Mesh):
         check_batch_size("config.eval.batch_size", config.eval.batch_size, mesh)
-        self._mesh = mesh
+        self.mesh = mesh
         self._batch_size = config.eval.batch_size
         self.context = config.model.text.context
+        seen = preprocess(config)
 
         def image(params, extra, batch):
             pixels = batch["image"].astype("float32") / 255
-            pixels = augment.normalise(pixels, config.image_mean, config.image_std)
+            pixels = augment.normalise(pixels, seen.mean, seen.std)
             return method.encode_image(params, extra, pixels)
 
         def text(params, extra, batch):
@@ -56,6 +58,6 @@ class Encoder:
             # Always the same shape, so one compiled program; the padding's features are cut off.
             padded = np.zeros((self._batch_size, *rows.shape[1:]), rows.dtype)
             padded[: len(block)] = block
-            out = encode(self._params, self._extra, shard_batch({name: padded}, self._mesh))
+            out = encode(self._params, self._extra, shard_batch({name: padded}, self.mesh))
             features.append(np.asarray(out)[: len(block)])
         return np.concatenate(features)

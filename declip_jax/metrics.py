@@ -188,4 +188,4 @@ def table(rows: Mapping[str, float]) -> str:
 
 
 def _is_share(name: str) -> bool:
-    return not name.endswith(("images", "texts", "median_rank", "classes"))
+    return not name.endswith(("images", "texts", "median_rank", "lambda"))

@@ -2,8 +2,6 @@
 
 import contextlib
 import difflib
-import hashlib
-import json
 import math
 import os
 import signal
@@ -21,11 +19,12 @@ from jax.sharding import Mesh
 
 from declip_jax import augment, methods, optim
 from declip_jax.checkpoint import CheckpointError, Checkpoints, config_differences, to_json
-from declip_jax.data.pipeline import TrainBatches, train_batches
+from declip_jax.data.pipeline import TrainBatches, digest, train_batches
 from declip_jax.data.sources import Source, open_data
 from declip_jax.data.tokenizer import EOT, VOCAB_SIZE
 from declip_jax.encode import Encoder
 from declip_jax.evals import suite
+from declip_jax.evals.preprocess import preprocess
 from declip_jax.metrics import Meter, MetricWriter, Progress, duration, table
 from declip_jax.parallel import rules
 from declip_jax.parallel.mesh import check_batch_size, make_mesh, shard_batch
@@ -179,14 +178,15 @@ def train(config, workdir: Path) -> TrainState:
             jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     setup = Setup(config)
     check_config(config, setup)
-    tasks = suite.build(config) if config.eval.every else []
+    tasks, absent = suite.build(config) if config.eval.every else ([], [])
+    for line in absent:
+        progress.say(f"Not evaluated: {line}")
     best_metric = config.checkpoint.best_metric
     check_best_metric(best_metric, tasks)
     source = open_data(config.data)
     setup.batches(source).close()  # refuses what does not fit the data before anything is written
 
-    layout = json.dumps(source.layout()).encode()
-    data = hashlib.blake2b(layout, digest_size=16).hexdigest()
+    data = digest(source)
 
     prepare_workdir(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, best_metric)
@@ -380,10 +380,12 @@ def check_config(config, setup: Setup) -> None:
         )
     for name in setup.method.views.image:
         augment.check_view(name, config.views[name])
-    if config.eval.every and config.eval.resize < config.model.image.resolution:
+    seen, trained = preprocess(config), (config.image_mean, config.image_std)
+    if config.eval.every and (tuple(seen.mean), tuple(seen.std)) != tuple(map(tuple, trained)):
         raise ValueError(
-            f"config.eval.resize={config.eval.resize} is smaller than the crop of "
-            f"config.model.image.resolution={config.model.image.resolution}."
+            f"config.eval.preprocess={config.eval.preprocess!r} normalises images otherwise than "
+            f"config.image_mean={tuple(config.image_mean)} and image_std="
+            f"{tuple(config.image_std)}, with which the run trains: choose 'train'."
         )
     steps = config.profile.steps
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= config.total_steps):

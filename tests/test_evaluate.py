@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from declip_jax import evaluate, report
+from declip_jax import evaluate
 from declip_jax.data.tokenizer import EOT
 from declip_jax.train import train
 
@@ -79,9 +79,9 @@ def test_best_checkpoint(run, capsys, monkeypatch):
 def test_devices_that_do_not_share_the_work_evenly(run, monkeypatch):
     """The run's batches of 16 and its set of 64 rows cannot be divided over six devices."""
     monkeypatch.setattr(jax, "device_count", lambda: 6)
-    _, encoder, _ = evaluate.load(run)
+    encoder = evaluate.load(run).encoder
     assert encoder.encode_text(np.full((5, 32), EOT, np.int32)).shape == (5, 32)
-    assert encoder._mesh.size == 4
+    assert encoder.mesh.size == 4
 
 
 def test_own_class_names_and_templates(run, tmp_path, capsys, monkeypatch):
@@ -96,13 +96,15 @@ def test_own_class_names_and_templates(run, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--workdir", "nowhere"], "--workdir=nowhere holds no checkpoints"),
+        (["--workdir", "nowhere"], "nowhere holds no checkpoints"),
         (["--step", "77"], "--step=77 is not a checkpoint"),
         (["--data", "nowhere"], "data source 'nowhere'"),
         (["--split", "tset"], "'tset'"),
         (["--split", "test"], "has no classes to choose from"),
         (["--classes", "nowhere.txt"], "--classes nowhere.txt"),
         (["--template", "a photo"], "a photo"),
+        (["--set", "cifra10"], "set 'cifra10' is unknown; did you mean 'cifar10'?"),
+        (["--set", "dtd", "--data-dir", "nowhere"], "no classes, as dtd needs them"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )
@@ -113,11 +115,63 @@ def test_wrong_input_is_named(run, arguments, said, monkeypatch):
     assert str(stop.value).startswith("error: ") and said in str(stop.value)
 
 
-def test_report_draws_and_tells(run, capsys, monkeypatch):
-    command(report, "--workdir", run, "--captions", "4", monkeypatch=monkeypatch)
-    printed = capsys.readouterr().out
-    assert "val/zeroshot/top1" in printed and str(run / "report.png") in printed
-    assert cv2.imread(str(run / "report.png")).shape[1] == 1600
+@pytest.fixture
+def suite_file(tmp_path) -> Path:
+    """A suite of what is there, what is not, and what cannot be read."""
+    (tmp_path / "birds" / "a").mkdir(parents=True)
+    (tmp_path / "birds" / "b").mkdir()
+    cv2.imwrite(str(tmp_path / "birds" / "a" / "1.png"), np.zeros((32, 32, 3), np.uint8))
+    (tmp_path / "birds" / "b" / "broken.jpg").write_bytes(b"\xff\xd8\xff not a photograph")
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def get_suite():\n"
+        "    return [\n"
+        "        dict(task='zeroshot', source='scenes', split='zeroshot'),\n"
+        "        dict(task='retrieval', source='scenes', split='test', captions_per_image=1),\n"
+        "        dict(task='linear_probe', set='dtd'),\n"
+        f"        dict(task='zeroshot', source={str(tmp_path / 'birds')!r}),\n"
+        "    ]\n"
+    )
+    return path
+
+
+def test_suite(run, suite_file, tmp_path, capsys, monkeypatch):
+    arguments = ["--workdir", run, "--suite", suite_file, "--data-dir", tmp_path]
+    seen = []
+    for again in ([], [], ["--again"]):
+        with pytest.raises(SystemExit) as stop:
+            command(evaluate, *arguments, *again, monkeypatch=monkeypatch)
+        assert "broken.jpg cannot be read" in str(stop.value)  # the others are scored all the same
+        printed = capsys.readouterr()
+        assert "Not on this machine: dtd." in printed.err
+        assert "scenes zeroshot top1" in printed.out
+        seen.append(printed.err.count("scored before"))
+    assert seen[0] < 2 and seen[1:] == [2, 0]  # another test may have scored one
+    written = json.loads((run / "evaluations" / "step_2.json").read_text())
+    zeroshot, retrieval = written["results"][-2:]  # other tests have added theirs
+    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert zeroshot["metrics"]["top1"] == logged["val/zeroshot/top1"]
+    assert sum(row["images"] for row in zeroshot["classes"]) == 800
+    assert retrieval["metrics"]["texts"] == 256
+    (absent,) = written["absent"]
+    assert absent["set"] == "dtd" and str(tmp_path / "dtd") in absent["why"]
+
+
+def test_in_training_a_suite_chooses_the_best_checkpoint(suite_file, tmp_path, capsys):
+    text = suite_file.read_text()
+    suite_file.write_text(text.replace("        dict(task='zeroshot', source='/", "        # '/"))
+    config = quickstart.get_config("tiny").unlock()
+    config.eval.update(every=2, suite=str(suite_file), data_dir=str(tmp_path))
+    config.eval.zeroshot.source = config.eval.retrieval.source = ""
+    config.checkpoint.best_metric = "val/scenes/retrieval/text_to_image_r10"
+    train(config.lock(), tmp_path / "run")
+    assert "Not evaluated: linear_probe on dtd" in capsys.readouterr().out
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    scores = {r["step"]: r[config.checkpoint.best_metric] for r in rows if r["step"] in (2, 4)}
+    assert evaluate.load(tmp_path / "run", "best").step == max(scores, key=scores.get)
+    config.unlock().checkpoint.best_metric = "val/scenes/retrieval/text_to_image_r11"
+    with pytest.raises(ValueError, match="did you mean 'val/scenes/retrieval/text_to_image_r1"):
+        train(config.lock(), tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", ["main", "evaluate", "report", "prepare"])

@@ -1,99 +1,253 @@
+"""What the report says of runs; how it looks in a browser is in test_report_browser.py."""
+
+import io
 import json
+import sys
+import tarfile
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from declip_jax.report import write_report
+from configs import common
+from declip_jax import report
+from declip_jax.data.sources import open_data
+from declip_jax.data.tokenizer import tokenize
+from declip_jax.encode import Encoder
+from declip_jax.evals.results import Results
+from declip_jax.evaluate import load
+from declip_jax.report import examples, figures
+from declip_jax.report.runs import differences, load_runs
+from declip_jax.report.scores import scores, worst_classes
+from declip_jax.train import Setup, train
 
-GREEN, RED = (0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)
+HOSTILE = '<script>document.title = "taken"</script> & a "$5" cat'
+METHODS = {
+    "declip": {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn_text": 0.2},
+    "clip": {"clip": 1.0},
+}
 
 
-def _write(path, records, end="\n"):
-    path.write_text("\n".join(json.dumps(record) for record in records) + end)
+def write_shard(path: Path) -> Path:
+    """24 images of one colour each, with captions; the last one's is hostile."""
+    with tarfile.open(path, "w") as tar:
+        for number in range(24):
+            image = np.full((40, 50, 3), 10 * number, np.uint8)
+            caption = f"a picture number {number} of a plain surface" if number < 23 else HOSTILE
+            for suffix, data in (
+                ("png", cv2.imencode(".png", image)[1].tobytes()),
+                ("txt", caption.encode()),
+            ):
+                info = tarfile.TarInfo(f"{number:03}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
     return path
 
 
-def _read(path):
-    return cv2.imread(str(path))[:, :, ::-1]  # BGR -> RGB
+def train_tiny(method: str, workdir: Path, shard: Path) -> Path:
+    """Three steps whose learning rate is 0: what the support set holds can be encoded again."""
+    config = common.get_config("tiny").unlock()
+    config.method = method
+    config.loss.weights = METHODS[method]
+    config.loss.contrast_masked = False
+    config.loss.support_set.size = 128  # of which 96 are replaced
+    config.total_steps = config.checkpoint.every = 3
+    config.optim.update(peak_lr=0.0, warmup_lr=0.0)
+    config.data.source = str(shard)
+    config.eval.zeroshot.source = ""
+    config.eval.retrieval.source = str(shard)
+    train(config.lock(), workdir)
+    return workdir
 
 
-def _count(page, colour):
-    return int((page == colour).all(axis=-1).sum())
+def add_scores(workdir: Path) -> None:
+    """As python -m declip_jax.evaluate writes them: two sets, of which one is absent."""
+    results = Results(workdir, load(workdir).step, "digest")
+    settings = {"preprocess": "declip", "source": "", "split": "test"}
+    classes = [
+        {"name": "cat", "images": 50, "accuracy": 0.5, "taken_for": [["<b>dog</b>", 20]]},
+        {"name": "<b>dog</b>", "images": 50, "accuracy": 0.75, "taken_for": []},
+    ]
+    common = {"id": "1", "set": "cifar10", "title": "CIFAR-10", "settings": settings, "seconds": 1}
+    zeroshot = {"task": "zeroshot", "metric": "top1", "metrics": {"top1": 0.625, "images": 100}}
+    results.add(common | zeroshot | {"classes": classes})
+    results.set_absent([{"set": "food101", "task": "zeroshot", "why": "not in data"}])
 
 
-def _match(is_right, height=30, width=40):
-    return np.zeros((height, width, 3), np.uint8), is_right
+@pytest.fixture(scope="session")
+def workdirs(tmp_path_factory) -> list[Path]:
+    """A DeCLIP run with scores and a CLIP run without, both on a shard with a hostile caption."""
+    folder = tmp_path_factory.mktemp("report")
+    shard = write_shard(folder / "shard.tar")
+    made = [train_tiny(name, folder / f"{name} <i>$x$ & y", shard) for name in METHODS]
+    add_scores(made[0])
+    return made
 
 
-def _records(steps):
-    for step in range(1, steps + 1):
-        record = {"step": step, "train/loss": 1 / step, "train/top1": 0.5, "train/top5": 0.7}
-        record |= {"train/learning_rate": 1e-3, "train/logit_scale": 14.3, "train/pairs_per_s": 99}
-        if step % 20 == 0:
-            record["val/zeroshot/top1"] = 0.3
-            record["val/retrieval/text_to_image_r1"] = 0.2
-        yield record
+@pytest.fixture(scope="module")
+def runs(workdirs):
+    return load_runs(workdirs)
 
 
-def test_the_page_is_as_high_as_its_panels_and_captions(tmp_path):
-    captions = [("A dog .", [_match(rank == 1) for rank in range(5)])] * 3
-    every = _write(tmp_path / "every.jsonl", _records(steps=120))
-    some = _write(tmp_path / "some.jsonl", [{"step": 5, "train/loss": float("nan")}])
-    empty = _write(tmp_path / "empty.jsonl", [], end="")
-    out = tmp_path / "report.png"
-    heights = {}
-    for name, metrics, gallery in (
-        ("everything", every, captions),
-        ("curves", every, []),
-        ("one curve", some, []),
-        ("captions", empty, captions),
-    ):
-        write_report(metrics, gallery, out)
-        heights[name], width, _ = _read(out).shape
-        assert width == 1600
-    assert heights == {"everything": 1210, "curves": 700, "one curve": 400, "captions": 610}
+def test_head(runs):
+    declip, clip = runs
+    assert declip.colour != clip.colour
+    said = declip.summary()
+    assert said["method"] == "declip" and said["step"] == "3 of 3" and said["pairs seen"] == "48"
+    assert int(said["parameters"].replace(",", "")) > 1_000_000
+    differing = dict(differences(runs))
+    assert differing["method"] == ['"declip"', '"clip"']
+    assert differing["loss.weights.mlm"] == ["0.2", "–"]
+    assert not any(name.startswith("optim") for name in differing)
 
 
-def test_right_images_are_green_and_wrong_ones_red(tmp_path):
-    metrics = _write(tmp_path / "metrics.jsonl", [])
-    out = tmp_path / "report.png"
-    pixels = {}
-    for right in (0, 1, 2):
-        gallery = [("A dog .", [_match(rank < right) for rank in range(2)])]
-        write_report(metrics, gallery, out)
-        pixels[right] = _count(_read(out), GREEN), _count(_read(out), RED)
-    assert pixels[0][0] == 0 and pixels[2][1] == 0
-    assert 0 < pixels[1][0] < pixels[2][0]
-    assert 0 < pixels[1][1] < pixels[0][1]
+def test_curves_have_a_trace_for_each_run_and_name(runs):
+    html = figures.curves(runs)
+    assert "Loss: simsiam" in html and "Norm of the gradient" in html
+    assert "declip <i>" not in html and "seconds left" not in html
 
 
-def test_captions_are_plain_text_and_stay_in_their_column(tmp_path):
-    metrics = _write(tmp_path / "metrics.jsonl", [])
-    gallery = [("costs $\\frac{\nor 5$ " + "and so on " * 50, [_match(True, 50, 20)])]
-    write_report(metrics, gallery, tmp_path / "report.png")
-    assert (_read(tmp_path / "report.png")[150:, 800:] == 255).all()
+def test_many_points_have_a_running_mean():
+    curve = {step: float(step % 2) for step in range(1, 201)}
+    raw, mean = figures._traces(curve)
+    assert len(raw.x) == 200 and raw.opacity < 1
+    assert list(mean.x) == list(range(4, 201)) and set(mean.y) == {0.5}  # a window of four
+    (alone,) = figures._traces({7: 1.0})
+    assert alone.mode == "lines+markers"
 
 
-def test_a_step_logged_again_replaces_the_first(tmp_path):
-    records = [{"step": step, "train/loss": 3.0 / step} for step in range(1, 5)]
-    out = tmp_path / "report.png"
-    write_report(_write(tmp_path / "metrics.jsonl", records), [], out)
-    once = _read(out)
-    resumed = records[:2] + [{"step": 4, "train/loss": 9.0}] + records[2:]
-    write_report(_write(tmp_path / "metrics.jsonl", resumed, end='\n{"step": 5, "tr'), [], out)
-    np.testing.assert_array_equal(_read(out), once)  # nor does the unfinished last line show
+def test_a_step_logged_again_replaces_the_first(runs, workdirs):
+    path = workdirs[1] / "metrics.jsonl"
+    before = path.read_text()
+    path.write_text(before + '{"step": 2, "train/loss": 9.0}\n')
+    try:
+        curve = load_runs(workdirs[1:])[0].curves["train/loss"]
+    finally:
+        path.write_text(before)
+    assert list(curve) == [1, 2, 3] and curve[2] == 9.0
 
 
-def test_refuses_what_it_cannot_draw(tmp_path):
-    metrics, out = tmp_path / "metrics.jsonl", tmp_path / "report.png"
-    _write(metrics, [{"step": 1, "train/other": 1.0}])
-    with pytest.raises(ValueError, match="no curves to draw yet"):
-        write_report(metrics, [], out)
-    metrics.write_text('{"step": 1}\n{"step": 2,\n{"step": 3}\n')
-    with pytest.raises(ValueError, match="metrics.jsonl:2: not JSON"):
-        write_report(metrics, [], out)
-    metrics.write_text('{"step": 1}\n{"train/loss": 2}\n')
-    with pytest.raises(ValueError, match='metrics.jsonl:2: expected an object with a "step"'):
-        write_report(metrics, [], out)
-    assert not out.exists()
+def test_scores_stand_beside_published_ones(runs):
+    (task,) = scores(runs)
+    assert task.title == "Zero-shot classification"
+    cifar, food = task.rows
+    assert list(task.rows.values()) == ["CIFAR-10", "Food-101"]
+    declip, clip, *papers = task.series
+    assert declip.values == {cifar: 62.5} and declip.absent == {"food101": "not in data"}
+    assert clip.values == {}
+    # ALIP's Table 3, ViT-B/32, YFCC15M
+    [found] = [p for p in papers if p.label == "declip" and cifar in p.values]
+    assert found.values[cifar] == 66.7 and food in found.values
+    assert "Table 3" in found.source[0] and found.source[1].startswith("https://arxiv.org")
+
+
+def test_worst_classes_come_first():
+    classes = [
+        {"name": str(n), "images": 10, "accuracy": n / 10, "taken_for": [["9", 3]]}
+        for n in (5, 1, 4)
+    ]
+    worst = worst_classes({"classes": classes}, most=2)
+    assert [one.name for one in worst] == ["1", "4"]
+    assert worst[0].taken_for == [("9", 0.3)]
+
+
+def test_gallery_marks_what_is_right(runs):
+    found = examples.gallery(runs[0].trained, images=24, captions=24)
+    assert len(found) == 24 and all(len(matches) == 5 for _, matches in found)
+    assert {HOSTILE} & {caption for caption, _ in found}
+    for caption, matches in found:
+        assert all(match.is_right == (match.caption == caption) for match in matches)
+        assert all(match.uri.startswith("data:image/jpeg;base64,") for match in matches)
+
+
+def test_neighbours_have_the_captions_that_were_enqueued(runs):
+    """The learning rate is 0: the captions, encoded again, have the cosines of the rows."""
+    run = runs[0]
+    found = examples.neighbours(run.trained, run.record, captions=2, k=128)
+    assert len(found) == 8  # as many as there are devices
+    encode = run.trained.encoder.encode_text
+
+    def encoded(captions):
+        return encode(tokenize(captions, run.config.model.text.context))
+
+    for query, rows in found:
+        known = [row for row in rows if row.caption is not None]
+        assert len(rows) == 128 and len(known) == 96
+        assert sum(row.augmented for row in known) == 48
+        assert sorted(row.steps for row in known) == [0] * 32 + [1] * 32 + [2] * 32
+        cosines = encoded([row.caption for row in known]) @ encoded([query])[0]
+        np.testing.assert_allclose(cosines, [row.similarity for row in known], atol=1e-5)
+    assert any(HOSTILE == row.caption for row in found[0][1])
+
+
+def test_queries_are_what_training_would_look_up_next(runs, monkeypatch):
+    run = runs[0]
+    config = run.config.copy_and_resolve_references().unlock()
+    config.loss.contrast_masked = True
+    trained = run.trained._replace(config=config, setup=Setup(config))
+    seen = []
+    original = Encoder.encode_text
+    monkeypatch.setattr(
+        Encoder, "encode_text", lambda self, tokens: seen.append(tokens) or original(self, tokens)
+    )
+    examples.neighbours(trained, run.record, captions=8, k=1)
+    with_masks = trained.setup.batches(open_data(config.data), trained.samples)
+    tokens = next(with_masks)["tokens"]
+    with_masks.close()
+    length = tokens.shape[-1]
+    np.testing.assert_array_equal(seen[0][:, :length], tokens[:8, 0])
+
+
+def test_neighbours_of_a_run_that_cannot_tell(runs):
+    declip, clip = runs
+    assert examples.neighbours(clip.trained, clip.record, 2, 5) == []
+    with pytest.raises(ValueError, match="has changed since"):
+        examples.neighbours(declip.trained, declip.record | {"data": "other"}, 2, 5)
+    grown = declip.trained._replace(samples=declip.trained.samples + 16)
+    with pytest.raises(ValueError, match="config.batch_size has changed"):
+        examples.neighbours(grown, declip.record, 2, 5)
+
+
+def write(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+    report.main()
+
+
+def test_data_that_are_elsewhere_by_now(workdirs, tmp_path, monkeypatch, capsys):
+    shard = workdirs[0].parent / "shard.tar"
+    shard.rename(tmp_path / "away.tar")
+    try:
+        write(monkeypatch, workdirs[0], "--out", tmp_path / "page.html")
+    finally:
+        (tmp_path / "away.tar").rename(shard)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("Not shown: ") == 2 and "data:image/jpeg" not in page
+    assert str(tmp_path / "page.html") in capsys.readouterr().out
+
+
+def test_what_cannot_be_shown_is_named(workdirs, tmp_path, monkeypatch):
+    def said(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            write(monkeypatch, *arguments, "--out", tmp_path / "page.html")
+        assert not (tmp_path / "page.html").exists()
+        return str(stop.value)
+
+    assert "nowhere holds no checkpoints" in said("nowhere")
+    assert "is named twice" in said(workdirs[0], workdirs[0])
+    metrics = workdirs[1] / "metrics.jsonl"
+    text = metrics.read_text()
+    try:
+        metrics.write_text('{"step": 1}\n{"step": 2,\n{"step": 3}\n')
+        assert "metrics.jsonl:2: not JSON" in said(workdirs[1])
+        metrics.unlink()
+        assert "has nothing in metrics.jsonl" in said(workdirs[1])
+    finally:
+        metrics.write_text(text)
+    results = workdirs[0] / "evaluations" / "step_3.json"
+    text = results.read_text()
+    try:
+        results.write_text(json.dumps({"step": 3}))
+        assert "step_3.json is not what python -m declip_jax.evaluate writes" in said(workdirs[0])
+    finally:
+        results.write_text(text)

@@ -362,7 +362,7 @@ def test_loss_that_is_no_number_stops_the_run(tmp_path):
         (CLIP, {"ema_decay": 1.0}, "config.ema_decay=1.0"),
         (CLIP, {"profile.steps": (5, 2)}, "config.profile.steps=(5, 2)"),
         (CLIP, {"checkpoint.best_metric": "val/zeroshot/top1"}, "config.checkpoint.best_metric"),
-        (CLIP, {"eval.every": 1, "eval.resize": 16}, "config.eval.resize=16"),
+        (CLIP, {"eval.every": 1, "eval.preprocess": "openai"}, "choose 'train'"),
         (CLIP, {"model.image.kind": "vti"}, "model.image.kind='vti'"),
         (CLIP, {"model.embed_dim": 0}, "model.embed_dim=0"),
         (CLIP, {"model.dtype": "float16"}, "model.dtype='float16'"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from declip_jax.data.records import BadRecord
-from declip_jax.data.sources import Columns, tar_index, webdataset
+from declip_jax.data.sources import Columns, open_source, tar_index, webdataset
 from declip_jax.data.sources.tar import key_hash
 from declip_jax.data.sources.webdataset import WebDataset
 
@@ -363,6 +363,110 @@ def test_no_shard_at_all(tmp_path):
     for pattern in ("*.tar", "{0..3}.tar", "missing", ""):
         with pytest.raises(ValueError, match="matches nothing"):
             WebDataset(str(tmp_path / pattern), USUAL)
+
+
+# Sets of CLIP_benchmark -------------------------------------------------------------------------
+
+
+def labelled(key: str, label: bytes | None, **more: bytes) -> list[tuple[str, bytes]]:
+    """KEY.webp and KEY.cls."""
+    parts = {"webp": b"image of " + key.encode(), "cls": label} | more
+    return [(f"{key}.{extension}", data) for extension, data in parts.items() if data is not None]
+
+
+def write_classes(root: Path, names="cat\ngrey_wolf\nfox\n", **splits) -> None:
+    (root / "classnames.txt").write_text(names)
+    (root / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")
+    for split, members in splits.items():
+        (root / split).mkdir()
+        (root / split / "nshards.txt").write_text("1")
+        (root / split / "0.tar").write_bytes(tar_bytes(members))
+
+
+def test_classes(tmp_path):
+    train = labelled("s0000000", b"2") + labelled("s0000001", b"0")
+    test = labelled("s0000000", b"1") + labelled("s0000001", b"2\n", txt=b"its own caption")
+    test += labelled("s0000002", b"0", json=b'{"caption": "in JSON"}')
+    test += labelled("s0000003", b"0", json=b'{"caption": null}')
+    write_classes(tmp_path, train=train, test=test)
+    source = open_source(str(tmp_path), "test")
+    assert source.class_names == ("cat", "grey_wolf", "fox") and len(source) == 4
+    assert source[0] == {
+        "image": b"image of s0000000",
+        "captions": ["a photo of a grey wolf."],
+        "key": "s0000000",
+        "label": 1,
+    }
+    assert [source[n]["label"] for n in range(4)] == [1, 2, 0, 0]
+    assert [source[n]["captions"] for n in range(1, 4)] == [
+        ["its own caption"],
+        ["in JSON"],
+        ["a photo of a cat."],
+    ]
+    assert [open_source(str(tmp_path), "train[1:]")[0]["label"]] == [0]
+    assert pickle.loads(pickle.dumps(source))[1]["label"] == 2
+    for name in ("train", "train/0.tar", "{test,train}/*.tar"):  # named without the split
+        assert open_source(str(tmp_path / name), "all").class_names == source.class_names
+    with pytest.raises(ValueError, match=r"no folder 'val'.*'test', 'train'"):
+        open_source(str(tmp_path), "val")
+
+
+def test_labels_of_other_names(tmp_path):
+    write_classes(tmp_path, test=labelled("a", None, idx=b"2", json=b'{"class": 1}'))
+    shards = str(tmp_path / "test")
+    assert WebDataset(shards, Columns(label=".idx"))[0]["label"] == 2
+    assert WebDataset(shards, Columns(label="json.class"))[0]["label"] == 1
+
+
+@pytest.mark.parametrize("label", [None, b"", b"3", b"-1", b"1.0", b"cat", "²".encode(), b"9" * 99])
+def test_labels_that_cannot_be_used(tmp_path, label):
+    write_classes(tmp_path, test=labelled("a", label) + labelled("b", b"0"))
+    source = open_source(str(tmp_path), "test")
+    with pytest.raises(BadRecord, match="no label.*expected a number below 3"):
+        source[0]
+    assert source[1]["label"] == 0
+
+
+def test_labels_need_the_names_of_the_classes(tmp_path):
+    write(tmp_path, labelled("a", b"0", txt=b"a"))
+    assert "label" not in WebDataset(str(tmp_path), USUAL)[0]
+    with pytest.raises(ValueError, match="columns.label='cls': no classnames.txt is beside"):
+        WebDataset(str(tmp_path), Columns(label="cls"))
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (b"cat\n\nfox\n", "classnames.txt: line 2 is blank"),
+        (b"", "line 1 is blank"),
+        (b"\ncat\n", "line 1 is blank"),
+        (b"caf\xe9\n", "is not UTF-8"),
+        (b"cat\n" * 100, "more than 99 bytes"),
+    ],
+)
+def test_names_of_classes_that_cannot_be_used(tmp_path, monkeypatch, names, words):
+    monkeypatch.setattr(webdataset, "MAX_NOTE_BYTES", 99)
+    write_classes(tmp_path, test=labelled("a", b"0"))
+    (tmp_path / "classnames.txt").write_bytes(names)
+    with pytest.raises(ValueError, match=words):
+        open_source(str(tmp_path), "test")
+
+
+def test_names_of_classes_with_the_line_ends_of_windows(tmp_path):
+    write_classes(tmp_path, test=labelled("a", b"1"))
+    (tmp_path / "classnames.txt").write_bytes("\ufeffcat\r\ncaf\u00e9\r\n".encode())
+    assert open_source(str(tmp_path), "test").class_names == ("cat", "café")
+
+
+def test_retrieval_has_a_caption_a_line(tmp_path):
+    (tmp_path / "test").mkdir()
+    write(tmp_path / "test", sample("a", txt=b"one\r\n two\n\nthree\n") + sample("b", txt=b"\n"))
+    assert open_source(str(tmp_path), "test")[0]["captions"] == ["one\r\n two\n\nthree"]
+    (tmp_path / "dataset_type.txt").write_text("retrieval\n")
+    source = open_source(str(tmp_path), "test")
+    assert source[0]["captions"] == ["one", "two", "three"] and source.class_names == ()
+    with pytest.raises(BadRecord, match="no caption"):
+        source[1]
 
 
 # The index --------------------------------------------------------------------------------------

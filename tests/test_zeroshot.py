@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from declip_jax.evals.zeroshot import class_embeddings, zeroshot
+from declip_jax.evals.zeroshot import class_embeddings, per_class, zeroshot
 
 
 def _unit(features):
@@ -27,6 +27,21 @@ def test_class_embeddings_equal_plain_numpy():
     assert embeddings.dtype == np.float32
 
 
+@pytest.mark.parametrize("block, largest", [(7, 6), (2, 3), (1000, 30)])
+def test_class_embeddings_in_blocks_are_the_same(block, largest):
+    names, templates = [f"{letter} thing" for letter in "abcdefghij"], ["a {}.", "{}", "the {}"]
+    sizes = []
+
+    def encode_text(tokens):
+        sizes.append(len(tokens))
+        return _encode_text(tokens)
+
+    embeddings = class_embeddings(encode_text, _tokenize, names, templates, block=block)
+    expected = class_embeddings(_encode_text, _tokenize, names, templates)
+    np.testing.assert_array_equal(embeddings, expected)
+    assert max(sizes) == largest and sum(sizes) == 30
+
+
 def test_class_embeddings_refuse_unusable_prompts():
     def run(names, templates):
         class_embeddings(_encode_text, _tokenize, names, templates)
@@ -36,6 +51,9 @@ def test_class_embeddings_refuse_unusable_prompts():
         run([], ["a {}"])
     with pytest.raises(ValueError, match="crane"):
         run(["crane", "cat", "crane"], ["a {}"])
+    shared = ["crane", "cat", "crane"], ["a {}"]
+    embeddings = class_embeddings(_encode_text, _tokenize, *shared, repeated_names=True)
+    np.testing.assert_array_equal(embeddings[0], embeddings[2])
     with pytest.raises(ValueError, match="templates is empty"):
         run(["cat"], [])
     with pytest.raises(ValueError, match="'a photo of a dog' has no {}"):
@@ -67,7 +85,7 @@ def test_zeroshot_equals_plain_numpy(size):
     per_class = [top1[label == c].mean() for c in range(30) if (label == c).any()]
     assert len(per_class) < 30
 
-    metrics = zeroshot(_encode_image, _batches(image, label, size), classes)
+    metrics, confusion = zeroshot(_encode_image, _batches(image, label, size), classes)
     assert metrics == {
         "top1": top1.mean(),
         "top5": (order[:, :5] == label[:, None]).any(axis=1).mean(),
@@ -75,12 +93,16 @@ def test_zeroshot_equals_plain_numpy(size):
         "images": 500,
     }
     assert 0 < metrics["top1"] < metrics["top5"] < 1
+    for row in range(30):
+        expected = [((label == row) & (order[:, 0] == column)).sum() for column in range(30)]
+        np.testing.assert_array_equal(confusion[row], expected)
+    assert confusion.dtype == np.int64
 
 
 def test_top5_of_fewer_classes():
     image = np.zeros((4, 4, 4, 3), np.uint8)
     classes = np.ones((3, 48), np.float32)
-    metrics = zeroshot(_encode_image, _batches(image, np.array([0, 1, 2, 2]), 4), classes)
+    metrics, _ = zeroshot(_encode_image, _batches(image, np.array([0, 1, 2, 2]), 4), classes)
     assert metrics == {
         "top1": 0.25,
         "top5": 1.0,
@@ -100,3 +122,22 @@ def test_zeroshot_refuses_unusable_sets():
             zeroshot(_encode_image, [{"image": image, "label": np.array([0, wrong])}], classes)
     with pytest.raises(ValueError, match="not finite"):
         zeroshot(_encode_image, [{"image": image, "label": np.array([0, 1])}], classes * np.nan)
+
+
+def test_per_class():
+    confusion = np.diag([6, 4, 0, 0, 1])
+    confusion[0, 1:] = 1, 2, 1, 1
+    confusion[3, 0], confusion[4, 3] = 5, 9
+    assert per_class(confusion, ["ant", "bee", "cow", "dog", "elk"]) == [
+        {
+            "name": "ant",
+            "images": 11,
+            "accuracy": pytest.approx(6 / 11),
+            "taken_for": [["cow", 2], ["bee", 1], ["dog", 1]],
+        },
+        {"name": "bee", "images": 4, "accuracy": 1.0, "taken_for": []},
+        {"name": "dog", "images": 5, "accuracy": 0.0, "taken_for": [["ant", 5]]},
+        {"name": "elk", "images": 10, "accuracy": 0.1, "taken_for": [["dog", 9]]},
+    ]
+    with pytest.raises(ValueError, match="2 names for 5 classes"):
+        per_class(confusion, ["ant", "bee"])

@@ -8,13 +8,15 @@ of processes, or where a run was interrupted.
 import contextlib
 import faulthandler
 import functools
+import hashlib
+import json
 import os
 import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -110,7 +112,6 @@ def train_batches(
             _check_synthetic(part)
     if "augmented" in text_views:
         check_eda(eda, synonyms)
-    uses_synonyms = "augmented" in text_views and "synonym" in eda
     if not 0 <= mask_rate <= 1:
         raise ValueError(f"config.data.mask_rate={mask_rate} must lie in 0 … 1.")
     ascending = list(token_lengths) == sorted(set(token_lengths))
@@ -136,50 +137,25 @@ def train_batches(
 
     threads = threads or cores() // max(1, workers) + 2
     share = batch_size // count
-    order = Order(source, seed)
     in_hand = InHand(threads) if workers else None
+    samples = Samples(
+        source,
+        seed,
+        image_views=image_views,
+        text_views=text_views,
+        eda=eda,
+        synonyms=synonyms,
+        in_hand=in_hand,
+    )
 
     def make_batch(step: int) -> tuple[dict[str, np.ndarray], Report]:
         first = start_sample + step * batch_size + part * share
         images = np.empty((share, len(image_views), resolution, resolution, 3), np.uint8)
-        synonyms_of = load_synonyms(synonyms) if uses_synonyms else {}
-        bad: list[tuple[int, str, str]] = []
-        image_bytes = np.zeros(share, np.int64)
-
-        def fill(row: int) -> tuple[list[str], np.random.Generator]:
-            for attempt in range(_ATTEMPTS):
-                sample = first + row
-                index = order.replacement(sample, attempt) if attempt else order[sample]
-                rng = np.random.default_rng((seed, sample))
-                try:
-                    with in_hand(index) if in_hand else contextlib.nullcontext():
-                        record = source[index]
-                        image = record["image"]
-                        images[row] = random_resized_crop(image, image_views, rng, resolution)
-                        caption = _draw(record["captions"], rng)
-                        texts = {"caption": caption, "masked": caption}
-                        if "augmented" in text_views:
-                            texts["augmented"] = augment(caption, eda, synonyms_of, rng)
-                        if "synthetic" in text_views:
-                            texts["synthetic"] = _draw(record["synthetic"], rng)
-                except ValueError as error:
-                    reason = error.reason if isinstance(error, BadRecord) else "unreadable image"
-                    bad.append((index, reason, str(error)))
-                    continue
-                except Exception as error:
-                    raise ValueError(
-                        f"{source.locate(index)}: reading it failed with {error!r}."
-                    ) from error
-                image_bytes[row] = len(image) if isinstance(image, bytes) else image.nbytes
-                return [texts[name] for name in text_views], rng
-            raise ValueError(
-                f"{_ATTEMPTS} records of {source} in a row cannot be used, the last of them "
-                f"{source.locate(index)}: {bad[-1][-1]}."
-            )
 
         with _busy():
-            rows = list(_pool(threads).map(fill, range(share)))
-            ids = tokenize([text for texts, _ in rows for text in texts], context)
+            numbers = range(first, first + share)
+            rows = list(_pool(threads).map(samples.draw, numbers, images))
+            ids = tokenize([text for row in rows for text in row.texts], context)
             tokens = np.zeros((share, len(text_views), full_length), np.int32)
             ids = ids.reshape(share, len(text_views), context)  # [B * T, …] -> [B, T, …]
             tokens[..., :context] = ids
@@ -189,9 +165,10 @@ def train_batches(
             if "masked" in text_views:
                 masked = tokens[:, text_views.index("masked")]  # [B, L], a view
                 batch["mlm_labels"] = np.empty_like(masked)
-                for row, (_, rng) in enumerate(rows):
-                    masked[row], batch["mlm_labels"][row] = mask_tokens(masked[row], mask_rate, rng)
-            return batch, Report(sorted(bad), _busy().take(), int(image_bytes.sum()))
+                for i, row in enumerate(rows):
+                    masked[i], batch["mlm_labels"][i] = mask_tokens(masked[i], mask_rate, row.rng)
+            bad = sorted(one for row in rows for one in row.bad)
+            return batch, Report(bad, _busy().take(), sum(row.image_bytes for row in rows))
 
     dataset = (
         grain.MapDataset.range((sys.maxsize - start_sample) // batch_size)
@@ -205,6 +182,87 @@ def train_batches(
     )
     bad_records = BadRecords(source, max_bad_fraction, bad_window, log)
     return TrainBatches(dataset, source, bad_records, in_hand, processes=max(workers, 1) * count)
+
+
+class Sample(NamedTuple):
+    """What `Samples.draw` gives beside the images.
+
+    Attributes:
+      texts: of the text views, in their order; "masked" is still whole.
+      rng: from which the tokens that "masked" hides are drawn next.
+      image_bytes: size of the encoded image.
+      bad: (index, reason, message) of records that could not be used.
+    """
+
+    texts: list[str]
+    rng: np.random.Generator
+    image_bytes: int
+    bad: list[tuple[int, str, str]]
+
+
+class Samples:
+    """Sample number -> its images and texts, a function of the seed, the source and the number.
+
+    Args:
+      source, seed, image_views, text_views, eda, synonyms: see `train_batches`.
+      in_hand: told which records are being read.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        *,
+        image_views: Sequence[Any],
+        text_views: Sequence[str],
+        eda: Sequence[str],
+        synonyms: str,
+        in_hand: InHand | None = None,
+    ):
+        self._source, self._seed, self._order = source, seed, Order(source, seed)
+        self._image_views, self._text_views = image_views, text_views
+        self._eda = eda
+        # A file, and not what it holds: workers are sent this object, and read the file once each.
+        self._synonyms = synonyms if "augmented" in text_views and "synonym" in eda else ""
+        self._in_hand = in_hand
+
+    def draw(self, number: int, images: np.ndarray) -> Sample:
+        """Fills uint8 `images` [V, R, R, 3] with the sample's views, and returns its texts.
+
+        Raises:
+          ValueError: neither its record nor those in place of it can be used, or reading one failed
+            for a reason that may pass.
+        """
+        source, bad = self._source, []
+        synonyms = load_synonyms(self._synonyms) if self._synonyms else {}
+        for attempt in range(_ATTEMPTS):
+            index = self._order.replacement(number, attempt) if attempt else self._order[number]
+            rng = np.random.default_rng((self._seed, number))
+            try:
+                with self._in_hand(index) if self._in_hand else contextlib.nullcontext():
+                    record = source[index]
+                    image = record["image"]
+                    images[:] = random_resized_crop(image, self._image_views, rng, images.shape[1])
+                    caption = _draw(record["captions"], rng)
+                    texts = {"caption": caption, "masked": caption}
+                    if "augmented" in self._text_views:
+                        texts["augmented"] = augment(caption, self._eda, synonyms, rng)
+                    if "synthetic" in self._text_views:
+                        texts["synthetic"] = _draw(record["synthetic"], rng)
+            except ValueError as error:
+                reason = error.reason if isinstance(error, BadRecord) else "unreadable image"
+                bad.append((index, reason, str(error)))
+                continue
+            except Exception as error:
+                raise ValueError(
+                    f"{source.locate(index)}: reading it failed with {error!r}."
+                ) from error
+            size = len(image) if isinstance(image, bytes) else image.nbytes
+            return Sample([texts[name] for name in self._text_views], rng, size, bad)
+        raise ValueError(
+            f"{_ATTEMPTS} records of {source} in a row cannot be used, the last of them "
+            f"{source.locate(index)}: {bad[-1][-1]}."
+        )
 
 
 class TrainBatches(Iterator[dict[str, np.ndarray]]):
@@ -275,6 +333,12 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
         self._batches.close()
         if self._in_hand:
             self._in_hand.close()
+
+
+def digest(source: Source) -> str:
+    """Changes with the data; what sample number n is follows from them."""
+    layout = json.dumps(source.layout()).encode()
+    return hashlib.blake2b(layout, digest_size=16).hexdigest()
 
 
 def _check_synthetic(source: Source) -> None:

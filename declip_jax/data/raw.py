@@ -176,7 +176,7 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-class _Captions:
+class Captions:
     """Collects captions by image, in the order in which the images are first named.
 
     Args:
@@ -192,22 +192,27 @@ class _Captions:
     def refuse(self, key: str, reason: str, detail: str) -> None:
         self.refused.append(refusal(key, BadRecord(reason, detail)))
 
-    def add(self, line: str, key: str, caption: str, synthetic: str = "") -> None:
-        if not is_utf8(key + caption + synthetic):
+    def add(
+        self, line: str, key: str, captions: Sequence[str], synthetic: Sequence[str] = ()
+    ) -> None:
+        texts = (key, *captions, *synthetic)
+        if not all(map(is_utf8, texts)):
             self.refuse(line, "not UTF-8", f"image {key!r}")
         elif not key:
             self.refuse(line, "bad row", "no image name")
-        elif max(len(key), len(caption), len(synthetic)) > MAX_CAPTION:
+        elif max(map(len, texts)) > MAX_CAPTION:
             self.refuse(line, "caption too long", f"at most {MAX_CAPTION:,} characters")
         else:
-            captions = self.by_key.setdefault(key, [])
-            if caption.strip():
-                captions.append(caption)
-            else:
-                self.refuse(key, "empty caption", line)
+            kept = self.by_key.setdefault(key, [])
+            for caption in captions:
+                if caption.strip():
+                    kept.append(caption)
+                else:
+                    self.refuse(key, "empty caption", line)
             # Rows for several captions of an image may repeat its synthetic one.
-            if synthetic.strip() and synthetic not in self.synthetic.setdefault(key, []):
-                self.synthetic[key].append(synthetic)
+            for text in synthetic:
+                if text.strip() and text not in self.synthetic.setdefault(key, []):
+                    self.synthetic[key].append(text)
 
     def index(self) -> Index:
         items = []
@@ -235,7 +240,11 @@ def _lines(stream: TextIO, name: str) -> Iterator[str]:
 
 
 def csv_rows(
-    stream: TextIO, name: str, columns: Mapping[str, str], refuse: Callable[[str, str, str], None]
+    stream: TextIO,
+    name: str,
+    columns: Mapping[str, str],
+    refuse: Callable[[str, str, str], None],
+    delimiter: str = ",",
 ) -> Iterator[tuple[str, list[str]]]:
     """The rows of a CSV file with a header, as "line <number>" and the values of some columns.
 
@@ -244,11 +253,12 @@ def csv_rows(
       name: what messages call it, such as "--captions rows.csv".
       columns: {the flag that names a column: the column}.
       refuse: called with line, reason and detail of a row that cannot be used.
+      delimiter: between the values of a row.
 
     Raises:
       InputError: it lacks one of the columns, or is no text.
     """
-    rows = csv.reader(_lines(stream, name), strict=True)
+    rows = csv.reader(_lines(stream, name), delimiter=delimiter, strict=True)
     try:
         header = next(rows, [])
     except csv.Error as error:
@@ -320,10 +330,11 @@ def index_csv(
     columns = {"--image-column": image_column, "--caption-column": caption_column}
     if synthetic_column is not None:
         columns["--synthetic-column"] = synthetic_column
-    captions = _Captions(synthetic=synthetic_column is not None)
+    captions = Captions(synthetic=synthetic_column is not None)
     with files.open_text(path) as stream:
         for line, texts in csv_rows(stream, f"--captions {path}", columns, captions.refuse):
-            captions.add(line, *texts)
+            key, caption, *synthetic = texts
+            captions.add(line, key, [caption], synthetic)
     return captions.index()
 
 
@@ -339,7 +350,7 @@ def index_jsonl(
     Raises:
       InputError: no such file.
     """
-    captions = _Captions(synthetic=synthetic_field is not None)
+    captions = Captions(synthetic=synthetic_field is not None)
     fields = (image_field, caption_field)
     with files.open_text(path) as stream:
         for line, row in jsonl_rows(stream, f"--captions {path}", fields, captions.refuse):
@@ -349,7 +360,7 @@ def index_jsonl(
             elif key in captions.by_key:
                 captions.refuse(key, "duplicate key", line)
             else:
-                captions.add(line, key, row[caption_field], synthetic or "")
+                captions.add(line, key, [row[caption_field]], [synthetic or ""])
     return captions.index()
 
 

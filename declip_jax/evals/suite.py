@@ -1,99 +1,425 @@
-"""The evaluations of a run: which data, which task, which metrics."""
+"""The tasks that score a model: each is built from settings and data, and applied to an encoder."""
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
 
 from declip_jax.data.pipeline import eval_images
 from declip_jax.data.raw import read_class_names
-from declip_jax.data.sources import open_source
+from declip_jax.data.sources import Source, open_source
 from declip_jax.data.tokenizer import tokenize
+from declip_jax.evals import sets, suites
+from declip_jax.evals.cache import Cache
+from declip_jax.evals.knn import knn
+from declip_jax.evals.preprocess import preprocess
+from declip_jax.evals.probe import few_shot, linear_probe
 from declip_jax.evals.retrieval import collect, retrieval
-from declip_jax.evals.zeroshot import class_embeddings, zeroshot
+from declip_jax.evals.zeroshot import class_embeddings, per_class, zeroshot
 
 
-class Zeroshot:
-    """Zero-shot classification of a source with classes.
+class Shared(NamedTuple):
+    """What all tasks of a run have in common; `shared` makes it of a configuration.
+
+    Attributes:
+      reading: resolution, resize and batch_size of `eval_images`.
+      preprocess: name of the protocol.
+      data_dir: where known sets are.
+      templates, prefix: of prompts and captions, where neither set nor settings say.
+    """
+
+    reading: dict[str, int]
+    preprocess: str
+    data_dir: str
+    templates: tuple[str, ...]
+    prefix: str
+
+
+def shared(config) -> Shared:
+    """Of a run's configuration."""
+    seen = preprocess(config)
+    return Shared(
+        dict(resolution=seen.resolution, resize=seen.short_side, batch_size=config.eval.batch_size),
+        config.eval.preprocess,
+        config.eval.data_dir,
+        tuple(config.eval.zeroshot.templates),
+        config.eval.retrieval.prefix,
+    )
+
+
+class Result(NamedTuple):
+    """What a task found.
+
+    Attributes:
+      metrics: by name; shares are fractions.
+      classes: of each class, how many images were right and what the others were taken for; see
+        `zeroshot.per_class`. Only of zero-shot classification.
+    """
+
+    metrics: dict[str, float]
+    classes: list[dict[str, Any]] = []
+
+
+class Task:
+    """What the tasks have in common. Building one opens its data, so that mistakes show early.
 
     Args:
-      settings: source, split and templates.
-      resolution, resize, batch_size: of `eval_images`.
-      classes: a file of other names for the classes; see `data.raw.read_class_names`.
+      shared: of the run.
+      set: one of `sets.NAMES` (or `sets.RETRIEVAL` for retrieval); its splits, class names, prompts
+        and metric are used. "": none, but the source's own.
+      source: the data, as for training; "": where `sets.open_set` looks for the set.
 
-    Raises (when built, so that a mistake shows at the start of a run):
-      ValueError: no such data, data without classes, or names that do not fit them.
+    Attributes:
+      name: in the names of metrics.
+      metrics: what a call gives, without the counts.
+      metric: the one of them that papers report of this set.
+      settings: all that the scores follow from, besides the model and the data.
+
+    Raises:
+      sets.Absent: the set is not on this machine.
+      ValueError: settings or data that cannot be used.
     """
 
-    name = "zeroshot"
-    metrics = ("top1", "top5", "mean_per_class")
+    task: str
+    metrics: tuple[str, ...] = ("top1", "top5", "mean_per_class")
 
-    def __init__(self, settings, *, resolution, resize, batch_size, classes=None):
-        self._source = open_source(settings.source, settings.split)
-        self._class_names = self._source.class_names
-        if classes:
-            self._class_names = tuple(read_class_names(classes, self._class_names).values())
-        if not self._class_names:
+    def __init__(self, shared: Shared, set: str = "", source: str = ""):
+        if not set and not source:
             raise ValueError(
-                f"{settings.source!r} split {settings.split!r} has no classes to choose from: "
-                "prepare it with `prepare imagefolder`, or evaluate retrieval instead."
+                f"{self.task} needs a set, one of {sets.NAMES}, or a source, such as a folder that "
+                "python -m declip_jax.prepare wrote."
             )
-        self._templates = tuple(settings.templates)
-        self._reading = dict(resolution=resolution, resize=resize, batch_size=batch_size)
+        self.set, self.title, self.metric = set or source, set or source, self.metrics[0]
+        self.name = f"{self.set}/{self.task}"
+        self._set, self._source, self._shared = set, source, shared
+        self.settings: dict[str, Any] = {"source": source, "preprocess": shared.preprocess}
+        self._opened: list[Source] = []
+        self._names: tuple[str, ...] = ()  # of classes, where they matter beside their number
+        if set:
+            known = sets.get(set)
+            self.title, self.metric = known.title, known.metric
 
-    def __call__(self, encoder) -> dict[str, float]:
-        classes = class_embeddings(
-            encoder.encode_text,
-            lambda texts: tokenize(texts, encoder.context),
-            self._class_names,
-            self._templates,
-        )
-        return zeroshot(encoder.encode_image, eval_images(self._source, **self._reading), classes)
+    def open(self, split: str) -> Source:
+        if self._set:
+            source = sets.open_set(self._set, split, self._shared.data_dir, self._source)
+        else:
+            source = open_source(self._source, split)
+        self._opened.append(source)
+        return source
+
+    def identity(self) -> list[Any]:
+        """Settings and data, as plain values: what is the same scores the same."""
+        layouts = [source.layout() for source in self._opened]
+        return [self.task, self.set, self.settings, self._names, layouts]
+
+    def images(self, source: Source):
+        """`eval_images`, with progress on a terminal."""
+        with tqdm(
+            total=len(source), desc=self.name, unit=" images", leave=False, disable=None
+        ) as bar:
+            for batch in eval_images(source, **self._shared.reading):
+                yield batch
+                bar.update(len(batch["image"]))
+
+    def features(self, source: Source, encoder, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [N, D] unit rows and int32 [N] labels of a whole source."""
+
+        def make():
+            features, labels = [], []
+            for batch in self.images(source):
+                features.append(encoder.encode_image(batch["image"]))
+                labels.append(batch["label"])
+            return {"features": np.concatenate(features), "labels": np.concatenate(labels)}
+
+        content = ["features", self._shared.reading, self._shared.preprocess, source.layout()]
+        arrays = cache.get(content, make)
+        return arrays["features"], arrays["labels"]
 
 
-class Retrieval:
-    """Image-text retrieval over a whole split, all captions of each image.
+class Zeroshot(Task):
+    """Zero-shot classification of a set, or of a source with classes.
 
-    Raises (when built):
-      ValueError: no such data.
+    Args:
+      split: to score.
+      templates: prompts; (): the set's, or else `config.eval.zeroshot.templates`.
+      classes: file of other names for the classes; see `data.raw.read_class_names`.
     """
 
-    name = "retrieval"
+    task = "zeroshot"
+
+    def __init__(
+        self,
+        shared: Shared,
+        *,
+        set: str = "",
+        source: str = "",
+        split: str = "test",
+        templates: Sequence[str] = (),
+        classes: str = "",
+    ):
+        super().__init__(shared, set, source)
+        self._images = self.open(split)
+        names = self._images.class_names
+        if classes:
+            names = tuple(read_class_names(classes, names).values())
+        _check_classes(self._images, split)
+        templates = templates or (sets.get(set).templates if set else shared.templates)
+        self._names, self._templates = names, tuple(templates)
+        self.settings |= dict(split=split, templates=self._templates, classes=classes)
+
+    def __call__(self, encoder, cache: Cache) -> Result:
+        def make():
+            return {
+                "embeddings": class_embeddings(
+                    encoder.encode_text,
+                    lambda texts: tokenize(texts, encoder.context),
+                    self._names,
+                    self._templates,
+                    repeated_names=bool(self._set),  # OpenAI's for ImageNet: missile, sunglasses
+                )
+            }
+
+        content = ["classes", self._names, self._templates, encoder.context]
+        embeddings = cache.get(content, make)["embeddings"]
+        metrics, confusion = zeroshot(encoder.encode_image, self.images(self._images), embeddings)
+        return Result(metrics, per_class(confusion, self._names))
+
+
+class Retrieval(Task):
+    """Image-text retrieval over a whole split.
+
+    Args:
+      split: to score.
+      prefix: put before every caption; None: `config.eval.retrieval.prefix`.
+      captions_per_image: the first so many of each image; 0: all.
+    """
+
+    task = "retrieval"
     metrics = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
 
-    def __init__(self, settings, *, resolution, resize, batch_size):
-        self._source = open_source(settings.source, settings.split)
-        self._prefix = settings.prefix
-        self._reading = dict(resolution=resolution, resize=resize, batch_size=batch_size)
+    def __init__(
+        self,
+        shared: Shared,
+        *,
+        set: str = "",
+        source: str = "",
+        split: str = "test",
+        prefix: str | None = None,
+        captions_per_image: int = 0,
+    ):
+        super().__init__(shared, set, source)
+        self._images = self.open(split)
+        self._prefix = shared.prefix if prefix is None else prefix
+        self._most = captions_per_image or None
+        self.settings |= dict(
+            split=split, prefix=self._prefix, captions_per_image=captions_per_image
+        )
 
-    def __call__(self, encoder) -> dict[str, float]:
-        return retrieval(
-            *collect(
-                encoder.encode_image,
-                encoder.encode_text,
-                lambda texts: tokenize(texts, encoder.context),
-                eval_images(self._source, **self._reading),
-                prefix=self._prefix,
+    def __call__(self, encoder, cache: Cache) -> Result:
+        def batches():
+            for batch in self.images(self._images):
+                yield batch | {"captions": [texts[: self._most] for texts in batch["captions"]]}
+
+        return Result(
+            retrieval(
+                *collect(
+                    encoder.encode_image,
+                    encoder.encode_text,
+                    lambda texts: tokenize(texts, encoder.context),
+                    batches(),
+                    prefix=self._prefix,
+                )
             )
         )
 
 
-TASKS = {task.name: task for task in (Zeroshot, Retrieval)}
+class _Probe(Task):
+    """A task that learns from the features of one split and is scored on another's.
 
+    Args:
+      train, validation, test: splits; validation "": a tenth of `train`, see
+        `sets.held_out`.
+    """
 
-def build(config) -> list:
-    """The tasks that `config.eval` asks for during training (those with a source)."""
-    return [
-        make(
-            config.eval[name],
-            resolution=config.model.image.resolution,
-            resize=config.eval.resize,
-            batch_size=config.eval.batch_size,
+    def __init__(
+        self,
+        shared: Shared,
+        *,
+        set: str = "",
+        source: str = "",
+        train: str = "train",
+        validation: str | None = None,
+        test: str = "test",
+    ):
+        super().__init__(shared, set, source)
+        if validation is None:
+            validation = "validation" if set else ""
+        self._train, self._test = self.open(train), self.open(test)
+        self._validation = self.open(validation) if validation else None
+        _check_classes(self._train, train)
+        self._classes = len(self._train.class_names)
+        if self._train.layout() == self._test.layout():
+            raise ValueError(
+                f"the splits {train!r} and {test!r} of {self.set!r} are the same images: what was "
+                "learnt by heart would be asked for."
+            )
+        if self._test.class_names != self._train.class_names:
+            raise ValueError(
+                f"the splits {train!r} and {test!r} of {self.set!r} have different classes."
+            )
+        self.settings |= dict(train=train, validation=validation, split=test)
+
+    def splits(self, encoder, cache: Cache) -> dict[str, np.ndarray]:
+        """Features and labels of train, validation and test, as the probes take them."""
+        train, train_labels = self.features(self._train, encoder, cache)
+        if self._validation is not None:
+            validation, validation_labels = self.features(self._validation, encoder, cache)
+        else:
+            held_out = sets.held_out(len(train))
+            validation, validation_labels = train[held_out], train_labels[held_out]
+            train, train_labels = (np.delete(x, held_out, axis=0) for x in (train, train_labels))
+        test, test_labels = self.features(self._test, encoder, cache)
+        return dict(
+            train=train,
+            train_labels=train_labels,
+            validation=validation,
+            validation_labels=validation_labels,
+            test=test,
+            test_labels=test_labels,
+            classes=self._classes,
         )
-        for name, make in TASKS.items()
-        if config.eval[name].source
+
+
+class LinearProbe(_Probe):
+    """Logistic regression on frozen features."""
+
+    task = "linear_probe"
+
+    def __call__(self, encoder, cache: Cache) -> Result:
+        return Result(linear_probe(**self.splits(encoder, cache), mesh=encoder.mesh))
+
+
+class FewShot(_Probe):
+    """Logistic regression on the frozen features of few images a class.
+
+    Args:
+      shots: numbers of images.
+      seeds: draws of each number, over which is averaged.
+    """
+
+    task = "few_shot"
+
+    def __init__(self, shared: Shared, *, shots=(1, 2, 4, 8, 16), seeds: int = 3, **splits):
+        super().__init__(shared, **splits)
+        self._drawn = dict(shots=tuple(shots), seeds=seeds)
+        self.metrics = tuple(f"top1_{n}_shot" for n in shots)
+        self.metric = self.metrics[-1]
+        self.settings |= self._drawn
+
+    def __call__(self, encoder, cache: Cache) -> Result:
+        return Result(few_shot(**self.splits(encoder, cache), **self._drawn))
+
+
+class KNN(_Probe):
+    """The nearest images of the training split, those for validation too, vote.
+
+    Args:
+      neighbours, temperature: see `knn.knn`.
+    """
+
+    task = "knn"
+
+    def __init__(
+        self, shared: Shared, *, neighbours: int = 20, temperature: float = 0.07, **splits
+    ):
+        super().__init__(shared, **splits)
+        self._voting = dict(neighbours=neighbours, temperature=temperature)
+        self.settings |= self._voting
+
+    def __call__(self, encoder, cache: Cache) -> Result:
+        splits = self.splits(encoder, cache)
+        for name in ("train", "train_labels"):
+            validation = splits.pop(name.replace("train", "validation"))
+            splits[name] = np.concatenate([splits[name], validation])
+        return Result(knn(**splits, **self._voting))
+
+
+def _check_classes(source: Source, split: str) -> None:
+    if not source.class_names:
+        raise ValueError(
+            f"{source} (split {split!r}) has no classes to choose from: prepare it with `prepare "
+            "imagefolder`, name its label in a set, or evaluate retrieval instead."
+        )
+
+
+TASKS = {task.task: task for task in (Zeroshot, Retrieval, LinearProbe, KNN, FewShot)}
+
+
+def task_of(entry: Mapping[str, Any], shared: Shared) -> Task:
+    """The task that an entry of a suite describes.
+
+    Raises:
+      sets.Absent: its data are not on this machine.
+      ValueError: an unknown task, set or setting, or data that cannot be used.
+    """
+    settings = dict(entry)
+    name = settings.pop("task", None)
+    if name not in TASKS:
+        raise ValueError(f"{dict(entry)}: task={name!r} is unknown{_near(name, TASKS)}")
+    make = TASKS[name]
+    known = [
+        parameter.name
+        for cls in (make, _Probe)
+        if issubclass(make, cls)
+        for parameter in inspect.signature(cls).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
     ]
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(
+                f"{dict(entry)}: the task {name!r} has no setting {setting!r}"
+                f"{_near(setting, known)}"
+            )
+    return make(shared, **settings)
 
 
-def run(tasks, encoder) -> dict[str, float]:
-    """{"val/zeroshot/top1": …, …} of every task."""
+def _near(word: Any, known) -> str:
+    close = difflib.get_close_matches(str(word), known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{hint} Expected one of {list(known)}."
+
+
+def build(config) -> tuple[list[Task], list[str]]:
+    """The tasks that `config.eval` asks for during training.
+
+    Returns:
+      The tasks, and a line for each entry of `config.eval.suite` whose data are absent.
+    """
+    common = shared(config)
+    tasks = []
+    for name in ("zeroshot", "retrieval"):
+        settings = config.eval[name]
+        if settings.source:
+            task = task_of(dict(task=name, source=settings.source, split=settings.split), common)
+            task.name = name  # there is one of each
+            tasks.append(task)
+    absent = []
+    for entry in suites.load(config.eval.suite) if config.eval.suite else ():
+        try:
+            tasks.append(task_of(entry, common))
+        except sets.Absent as error:
+            absent.append(f"{entry['task']} on {entry.get('set')}: {error}")
+    return tasks, absent
+
+
+def run(tasks: Sequence[Task], encoder) -> dict[str, float]:
+    """{"val/zeroshot/top1": …, "val/cifar10/linear_probe/top1": …, …} of every task."""
+    cache = Cache()  # of this model: its next step has other features
     return {
         f"val/{task.name}/{metric}": value
         for task in tasks
-        for metric, value in task(encoder).items()
+        for metric, value in task(encoder, cache).metrics.items()
     }

@@ -8,31 +8,40 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from declip_jax.evals.classification import accuracies
+
 
 def class_embeddings(
     encode_text: Callable[[np.ndarray], np.ndarray],
     tokenize: Callable[[Sequence[str]], np.ndarray],
     class_names: Sequence[str],
     templates: Sequence[str],
+    *,
+    repeated_names: bool = False,
+    block: int = 16384,
 ) -> np.ndarray:
     """One unit vector a class: the mean over its prompts' unit features, normalised again.
 
     Args:
-      encode_text: int32 [B, L] -> float32 [B, D], unit rows; given all C*T prompts at once.
+      encode_text: int32 [B, L] -> float32 [B, D], unit rows.
       tokenize: B texts -> int32 [B, L].
       class_names: C names, as they should read in a sentence.
       templates: T prompts, each with a `{}` where the name goes.
+      repeated_names: whether classes may share a name. Those of ImageNet in published lists do (two
+        missiles, two sunglasses); in other data it is a mistake.
+      block: prompts whose features are in memory at a time (those of a class stay together).
 
     Returns:
       float32 [C, D], rows in the order of `class_names`.
 
     Raises:
-      ValueError: no or repeated class names, no templates, a template without `{}`.
+      ValueError: no class names, repeated ones unless that is said to be right, no templates, a
+      template without `{}`.
     """
     if not class_names:
         raise ValueError("class_names is empty: zero-shot classification needs named classes")
     repeated = [name for name, count in Counter(class_names).items() if count > 1]
-    if repeated:
+    if repeated and not repeated_names:
         raise ValueError(
             f"class_names: {repeated} stand for more than one class, which no prompt could tell "
             "apart; give each class a name of its own"
@@ -45,19 +54,23 @@ def class_embeddings(
                 f"templates: {template!r} has no {{}} where the class name goes; "
                 "expected a list of prompts such as 'a photo of a {}.'"
             )
-    prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    features = encode_text(tokenize(prompts))
-    # [C*T, D] -> [C, T, D] -> [C, D]
-    means = features.reshape(len(class_names), len(templates), -1).mean(axis=1)
-    return (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
+    count, embeddings = len(templates), []
+    step = max(1, block // count)
+    for start in range(0, len(class_names), step):
+        names = class_names[start : start + step]
+        prompts = [template.replace("{}", name) for name in names for template in templates]
+        # [b*T, D] -> [b, T, D] -> [b, D]
+        means = encode_text(tokenize(prompts)).reshape(len(names), count, -1).mean(axis=1)
+        embeddings.append(means / np.linalg.norm(means, axis=1, keepdims=True))
+    return np.concatenate(embeddings).astype(np.float32)
 
 
 def zeroshot(
     encode_image: Callable[[np.ndarray], np.ndarray],
     batches: Iterable[dict],
     class_embeddings: np.ndarray,
-) -> dict[str, float]:
-    """Accuracy of taking the class with the highest cosine; of equal ones, the first.
+) -> tuple[dict[str, float], np.ndarray]:
+    """Takes for each image the class with the highest cosine; of equal ones, the first.
 
     Args:
       encode_image: uint8 [B, H, W, 3] -> float32 [B, D], unit rows.
@@ -65,45 +78,56 @@ def zeroshot(
       class_embeddings: [C, D], unit rows.
 
     Returns:
-      top1, top5: fractions of images; mean_per_class: top1 within each class, averaged over the
-      classes that have images; images: how many there were.
+      metrics and confusion, see `classification.accuracies`.
 
     Raises:
       ValueError: no images, no labels, a label outside [0, C), features that are not finite.
     """
-    classes = len(class_embeddings)
-    images_of_class = np.zeros(classes, np.int64)
-    top1_of_class = np.zeros(classes, np.int64)
-    top5 = 0
-    for batch in batches:
-        if "label" not in batch:
-            raise ValueError(
-                "batches have no 'label': this set has no classes. Zero-shot classification needs "
-                "a set prepared from class folders; a captioned set is evaluated by retrieval"
+
+    def scored():
+        for batch in batches:
+            if "label" not in batch:
+                raise ValueError(
+                    "batches have no 'label': this set has no classes. Zero-shot classification "
+                    "needs a set prepared from class folders; a captioned set is evaluated by "
+                    "retrieval"
+                )
+            yield encode_image(batch["image"]) @ class_embeddings.T, batch["label"]
+
+    return accuracies(scored(), len(class_embeddings))
+
+
+def per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict]:
+    """What became of each class that has images, in the order of the classes.
+
+    Args:
+      confusion: int [C, C], of `zeroshot`.
+      class_names: C names.
+
+    Returns:
+      dicts of name, images, accuracy, and taken_for: [name, images] of the at most three other
+      classes that most of its images were taken for, most first; of equal ones, the first class.
+
+    Raises:
+      ValueError: names that do not match the confusion.
+    """
+    if len(class_names) != len(confusion):
+        raise ValueError(f"class_names: {len(class_names)} names for {len(confusion)} classes")
+    table = []
+    for index, row in enumerate(confusion):
+        images = int(row.sum())
+        if images:
+            wrong = row.copy()
+            wrong[index] = 0
+            worst = np.argsort(-wrong, kind="stable")[:3]
+            taken_for = [[class_names[c], int(wrong[c])] for c in worst if wrong[c]]
+            accuracy = row[index] / images
+            table.append(
+                dict(
+                    name=class_names[index],
+                    images=images,
+                    accuracy=float(accuracy),
+                    taken_for=taken_for,
+                )
             )
-        label = np.asarray(batch["label"])
-        outside = label[(label < 0) | (label >= classes)]
-        if outside.size:
-            raise ValueError(
-                f"label {outside[0]} is outside [0, {classes}): the class embeddings and the "
-                "labels come from different sets, or this split is not labelled"
-            )
-        scores = encode_image(batch["image"]) @ class_embeddings.T  # [b, C]
-        if not np.isfinite(scores).all():
-            raise ValueError("image or class features are not finite: the model has diverged")
-        own = np.take_along_axis(scores, label[:, None], axis=1)  # [b, 1]
-        before = np.arange(classes) < label[:, None]  # [b, C]
-        rank = ((scores > own) | ((scores == own) & before)).sum(axis=1)  # [b]
-        np.add.at(images_of_class, label, 1)
-        np.add.at(top1_of_class, label, rank < 1)
-        top5 += int((rank < 5).sum())
-    images = int(images_of_class.sum())
-    if not images:
-        raise ValueError("batches held no images: the evaluation set is empty")
-    present = images_of_class > 0
-    return {
-        "top1": float(top1_of_class.sum() / images),
-        "top5": top5 / images,
-        "mean_per_class": float((top1_of_class[present] / images_of_class[present]).mean()),
-        "images": images,
-    }
+    return table

@@ -213,6 +213,18 @@ class SupportSet:
         """The augmented captions enter first, then the captions."""
         return support_set.enqueue(state, jnp.concatenate([augmented, text]), mesh=self._mesh)
 
+    @staticmethod
+    def origin(age: int, batch_size: int) -> tuple[int, int, int]:
+        """Where a row of this age came from.
+
+        Returns:
+          How many steps after it there have been, its text view (0: the caption, -1: the augmented
+          caption), and its pair's place in the batch.
+        """
+        steps, later = divmod(age, 2 * batch_size)
+        view, place = divmod(2 * batch_size - 1 - later, batch_size)
+        return steps, view - 1, place
+
 
 def unit_tokens(tokens: jax.Array) -> jax.Array:
     """Tokens [..., E] scaled to unit length in float32, in their own dtype."""

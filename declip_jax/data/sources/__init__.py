@@ -30,9 +30,14 @@ def open_source(name: str, split: str, columns: Columns = _USUAL, cache: str = "
         a directory that `declip_jax.prepare` or TFDS wrote;
         "tfds:NAME" or "tfds:NAME/CONFIG:VERSION": a TFDS data set, prepared on this machine;
         webdataset shards: a .tar file, a pattern such as "cc12m/{00000..01242}.tar", a folder;
-        Parquet files: a .parquet file, a pattern, a folder.
-      split: a split's name or a part of one, such as "train[:90%]". Shards and Parquet files have
-        no splits of their own: there any name stands for all, and "train[:90%]" for a part.
+        Parquet files: a .parquet file, a pattern, a folder;
+        class folders: a folder with one for each class, see `folders.ClassFolders`;
+        a list of images and captions: a .json, .csv, .tsv or .jsonl file, and behind an @ the
+          folder of the images if they are elsewhere, as in "dataset_coco.json@/data/coco"; see
+          `captioned.Captioned`.
+      split: a split's name or a part of one, such as "train[:90%]". Of a folder with a folder for
+        each split, this one is opened. Where nothing tells splits, any name stands for all of the
+        records, and "train[:90%]" for a part of them.
       columns: what the source calls its fields.
       cache: folder for the indices of shards; "": beside them, or else ~/.cache/declip_jax.
 
@@ -49,6 +54,11 @@ def open_source(name: str, split: str, columns: Columns = _USUAL, cache: str = "
         from declip_jax.data.sources.tfds import TfdsSource
 
         return TfdsSource(name, split, columns)
+    word = split.partition("[")[0]
+    if listed := re.fullmatch(r"(.+\.(?:json|jsonl|csv|tsv))(?:@(.+))?", name):
+        from declip_jax.data.sources.captioned import Captioned
+
+        return part_of(Captioned(listed[1], listed[2] or "", word, columns), split)
     fs, path = paths.file_system(name)
     if fs.exists(os.path.join(path, "dataset_info.json")):
         if _is_prepared(name):
@@ -57,15 +67,24 @@ def open_source(name: str, split: str, columns: Columns = _USUAL, cache: str = "
         from declip_jax.data.sources.tfds import TfdsSource
 
         return TfdsSource(name, split, columns)
-    suffix = _suffix(name)
+    suffix, files = _suffix(name), name
+    if word and not suffix:
+        files = os.path.join(name, word)
+        suffix = _suffix(files)
     if suffix == ".tar":
         from declip_jax.data.sources.webdataset import WebDataset
 
-        return part_of(WebDataset(_of_split(name, split, suffix), columns, cache), split)
+        return part_of(WebDataset(_of_split(files, word, suffix), columns, cache), split)
     if suffix == ".parquet":
         from declip_jax.data.sources.parquet import Parquet
 
-        return part_of(Parquet(_of_split(name, split, suffix), columns), split)
+        return part_of(Parquet(_of_split(files, word, suffix), columns), split)
+    if not paths.is_remote(name) and os.path.isdir(name):
+        from declip_jax.data.sources.folders import ClassFolders, subfolders
+
+        if subfolders(name):
+            _check_no_columns(name, columns)
+            return part_of(ClassFolders(name, word), split)
     inside = fs.ls(path, detail=False) if fs.isdir(path) else ()
     if inside:
         problem = f"that folder has {sorted(map(os.path.basename, inside))[:5]}"
@@ -75,7 +94,8 @@ def open_source(name: str, split: str, columns: Columns = _USUAL, cache: str = "
         problem = "there is no such file or folder, or it is empty"
     raise ValueError(
         f"data source {name!r} is not 'scenes', 'tfds:NAME', a directory that python -m "
-        f"declip_jax.prepare or TFDS wrote, or .tar or .parquet files: {problem}."
+        f"declip_jax.prepare or TFDS wrote, .tar or .parquet files, class folders, or a .json, "
+        f".csv, .tsv or .jsonl file: {problem}."
     )
 
 
@@ -91,7 +111,7 @@ def _suffix(name: str) -> str | None:
     return None
 
 
-def _of_split(name: str, split: str, suffix: str) -> str:
+def _of_split(name: str, word: str, suffix: str) -> str:
     """Of a folder with files of several splits, as Hugging Face names them, those of one."""
     fs, path = paths.file_system(name)
     if not fs.isdir(path):
@@ -99,7 +119,6 @@ def _of_split(name: str, split: str, suffix: str) -> str:
     files = [os.path.basename(file) for file in fs.ls(path, detail=False)]
     named = [re.fullmatch(rf"(\w+)-\d+-of-\d+(-\w+)?{re.escape(suffix)}", file) for file in files]
     splits = sorted({match[1] for match in named if match})
-    word = split.partition("[")[0]
     if not splits:
         return name
     if word not in splits:

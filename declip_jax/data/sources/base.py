@@ -21,6 +21,21 @@ class Columns(NamedTuple):
     label: str = ""
 
 
+Refused = dict[str, tuple[int, list[str]]]  # reason -> how many, and the names of the first
+
+
+def count_refused(refused: Refused, reason: str, more: int, names: Sequence[str]) -> None:
+    count, first = refused.get(reason, (0, []))
+    refused[reason] = count + more, [*first, *names][:3]
+
+
+def tell_refused(refused: Refused) -> str:
+    return "; ".join(
+        f"{count:,} for {reason!r} ({', '.join(map(repr, names))}{', …' * (count > len(names))})"
+        for reason, (count, names) in refused.items()
+    )
+
+
 class Source(Protocol):
     """Random access to the records of one split. It can be pickled, for worker processes read it.
 

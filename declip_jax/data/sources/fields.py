@@ -84,6 +84,11 @@ def checked_record(
     return record
 
 
+def class_caption(name: str) -> str:
+    """The caption of an image of which only the class is known."""
+    return f"a photo of a {name.replace('_', ' ')}."
+
+
 def _texts(stored: Iterable[Any], missing: str) -> list[str]:
     stored = list(stored)
     size = sum(map(len, stored))

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from declip_jax.data.raw import MAX_IMAGE_BYTES
 from declip_jax.data.sources import paths
+from declip_jax.data.sources.base import Refused, count_refused, tell_refused
 from declip_jax.data.sources.tar import BLOCK, File, files_of, is_image, key_hash
 
 FORMAT = 1  # of the files in the cache folder
@@ -36,8 +37,6 @@ TEMPORARY = ".declip_tmp"  # how their names end until they are whole
 RECORD = np.dtype([("block", "<u4"), ("blocks", "<u4"), ("key", "<u8")])
 MAX_TAR_BYTES = BLOCK << 32  # what numbers of blocks can say
 MAX_SAMPLE_BYTES = MAX_IMAGE_BYTES + (16 << 20)  # that is read at once
-
-Refused = dict[str, tuple[int, list[str]]]  # reason -> how many, and the names of the first
 
 
 def open_index(tars: Sequence[str], cache: str) -> Path:
@@ -184,9 +183,9 @@ def _merge(tars: Sequence[str], files: Sequence[Path], table: Path) -> None:
             counts.append(len(records))
             stream.write(records.tobytes())
             for reason, (count, names) in left_out.items():
-                _count(refused, reason, count, names)
+                count_refused(refused, reason, count, names)
         if not any(counts):
-            left_out = f"; left out: {tell(refused)}" if refused else ""
+            left_out = f"; left out: {tell_refused(refused)}" if refused else ""
             raise ValueError(
                 f"{tars[0]}{' and others' * (len(tars) > 1)}: no sample with an image, expected "
                 f"KEY.jpg, KEY.txt and so on{left_out}."
@@ -254,7 +253,7 @@ def scan(tar: str, size: int) -> tuple[np.ndarray, Refused]:
 
     def refuse(reason: str, name: str) -> None:
         name = name.encode(errors="backslashreplace").decode()
-        _count(refused, reason, 1, [f"{tar}: {name[:200]}"])
+        count_refused(refused, reason, 1, [f"{tar}: {name[:200]}"])
 
     def until_damage(stream: BinaryIO) -> Iterator[File]:
         try:
@@ -286,15 +285,3 @@ def scan(tar: str, size: int) -> tuple[np.ndarray, Refused]:
                 keys.add(hashed)
                 records += struct.pack("<IIQ", start // BLOCK, length // BLOCK, hashed)
     return np.frombuffer(records, RECORD), refused
-
-
-def _count(refused: Refused, reason: str, more: int, names: Sequence[str]) -> None:
-    count, first = refused.get(reason, (0, []))
-    refused[reason] = count + more, [*first, *names][:3]
-
-
-def tell(refused: Refused) -> str:
-    return "; ".join(
-        f"{count:,} for {reason!r} ({', '.join(map(repr, names))}{', …' * (count > len(names))})"
-        for reason, (count, names) in refused.items()
-    )

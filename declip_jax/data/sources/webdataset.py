@@ -4,14 +4,20 @@ A shard is a tar file; its members whose names agree up to the first dot of the 
 the other, are a sample: KEY.jpg, KEY.txt, KEY.json. The index has the span of each sample in its
 tar, so that one read gets all of it. It says nothing of what the samples mean, and so serves any
 choice of columns.
+
+Sets of CLIP_benchmark are such shards too, ROOT/SPLIT/0.tar and so on, with the class of a sample
+in KEY.cls and the names of the classes in ROOT/classnames.txt. Where ROOT/dataset_type.txt says
+"retrieval", each line of KEY.txt is a caption.
 """
 
 import contextlib
 import functools
 import io
 import json
+import os
+import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +26,12 @@ from absl import logging
 from declip_jax.data.raw import MAX_CAPTION, MAX_IMAGE_BYTES, is_utf8
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources import paths
-from declip_jax.data.sources.base import Columns, Source
+from declip_jax.data.sources.base import Columns, Refused, Source, tell_refused
+from declip_jax.data.sources.fields import class_caption
 from declip_jax.data.sources.tar import BLOCK, files_of, is_image, key_hash, plain_files
-from declip_jax.data.sources.tar_index import RECORD, Refused, open_index, tell
+from declip_jax.data.sources.tar_index import RECORD, open_index
+
+MAX_NOTE_BYTES = 16 << 20  # of a file that tells what shards have
 
 
 class WebDataset(Source):
@@ -37,6 +46,8 @@ class WebDataset(Source):
       pattern: shards, see `paths.expand`.
       columns: image and captions are extensions such as "png" and "txt"; captions may also be
         fields of KEY.json, as in "json.caption", and the key has to be one unless it is the tar's.
+        The label is "cls" or another name, of a number from 0, where classnames.txt is beside the
+        shards or one folder up; a sample of them without a text has its class as the caption.
       cache: folder for the index; "" for .declip_index beside local shards, where that can be
         written, or else declip_jax in ~/.cache.
 
@@ -44,21 +55,17 @@ class WebDataset(Source):
       refused: {reason: (how many members, samples or ends of shards were left out, the first)}.
 
     Raises:
-      ValueError: no such shards, no samples in them, columns that are no such names, or no folder
-        for the index.
+      ValueError: no such shards, no samples in them, columns that are no such names, a label
+        without classnames.txt, or no folder for the index.
     """
 
     def __init__(self, pattern: str, columns: Columns, cache: str = ""):
         self._name = f"webdataset {pattern}"
-        if columns.label:
-            raise ValueError(
-                f"config.data.columns.label={columns.label!r}: labels are not read from "
-                "webdatasets; leave it empty."
-            )
         columns = columns._replace(
             image=columns.image.lower().lstrip("."),
             captions=[name.lstrip(".") for name in columns.captions],
             synthetic=[name.lstrip(".") for name in columns.synthetic],
+            label=columns.label.lstrip("."),
         )
         if columns.key and not columns.key.startswith("json."):
             raise ValueError(
@@ -67,13 +74,22 @@ class WebDataset(Source):
             )
         self._columns = columns
         self.files = paths.expand(pattern, ".tar")
+        self.class_names = _class_names(self.files[0])
+        if columns.label and not self.class_names:
+            raise ValueError(
+                f"config.data.columns.label={columns.label!r}: no classnames.txt is beside "
+                f"{self.files[0]} or one folder up, with the names of the classes, one a line. "
+                "Write one, or leave the label out."
+            )
+        _, kind = _beside(self.files[0], "dataset_type.txt")
+        self._caption_a_line = kind.strip().lower() == "retrieval"
         table = open_index(self.files, cache)
         contents = json.loads(table.read_text(encoding="utf-8"))
         self._index = table.with_suffix(".bin")
         self._firsts = np.cumsum([0, *contents["records"]])  # of each tar, and behind the last
         self.refused: Refused = contents["refused"]
         if self.refused:
-            logging.warning("%s: left out %s", self, tell(self.refused))
+            logging.warning("%s: left out %s", self, tell_refused(self.refused))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_records"}
@@ -98,15 +114,25 @@ class WebDataset(Source):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample, columns = self._read(index), self._columns
-        captions = columns.captions or (("txt",) if "txt" in sample.parts else ("json.caption",))
         record = {
             "image": sample.image(columns.image),
-            "captions": sample.texts(captions, "no caption"),
             "key": sample.field(columns.key) if columns.key else sample.key,
         }
+        if self.class_names:
+            record["label"] = sample.label(columns.label or "cls", len(self.class_names))
+        record["captions"] = self._captions(sample, record)
         if columns.synthetic:
             record["synthetic"] = sample.texts(columns.synthetic, "no synthetic caption")
         return record
+
+    def _captions(self, sample: "_Sample", record: Mapping[str, Any]) -> list[str]:
+        columns = self._columns.captions or (("txt",) if "txt" in sample.parts else ())
+        if not columns and self.class_names and not sample.fields.get("caption"):
+            return [class_caption(self.class_names[record["label"]])]
+        texts = sample.texts(columns or ("json.caption",), "no caption")
+        if self._caption_a_line:
+            texts = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+        return texts
 
     def locate(self, index: int) -> str:
         span = self._span(index)
@@ -199,6 +225,19 @@ class _Sample:
             raise BadRecord("no key", f"{column} is {str(value)[:80]!r}")
         return str(value)
 
+    def label(self, column: str, classes: int) -> int:
+        """The number of a class that `column` names, below `classes`."""
+        if column.startswith("json."):
+            text = str(self.fields.get(column.removeprefix("json."), ""))
+        else:
+            text = self._text(column).strip() if column in self.parts else ""
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= classes:
+            has = (
+                f"{column} is {text[:80]!r}" if text else f"no {column} among {sorted(self.parts)}"
+            )
+            raise BadRecord("no label", f"{has}; expected a number below {classes}")
+        return int(text)
+
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
         """What KEY.json has."""
@@ -224,3 +263,34 @@ class _Sample:
             return str(data, "utf-8-sig")
         except UnicodeDecodeError as error:
             raise BadRecord("not UTF-8", f"{extension}: {error}") from None
+
+
+def _class_names(tar: str) -> tuple[str, ...]:
+    """By label, from classnames.txt; empty where there is none."""
+    path, text = _beside(tar, "classnames.txt")
+    names = [line.strip() for line in text.rstrip().split("\n")] if path else []
+    if not all(names):
+        line = names.index("") + 1
+        raise ValueError(
+            f"{path}: line {line} is blank; expected the name of a class on each line."
+        )
+    return tuple(names)
+
+
+def _beside(tar: str, name: str) -> tuple[str, str]:
+    """Path and text of a file in the folder of a tar or one up; "", "" if neither has it."""
+    for folder in (os.path.dirname(tar), os.path.dirname(os.path.dirname(tar))):
+        path = os.path.join(folder, name)
+        try:
+            data = paths.read_range(path, 0, MAX_NOTE_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if len(data) > MAX_NOTE_BYTES:
+            raise ValueError(
+                f"{path} has more than {MAX_NOTE_BYTES:,} bytes; is it a list of names?"
+            )
+        try:
+            return path, str(data, "utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from None
+    return "", ""

@@ -1,0 +1,42 @@
+"""What evaluation does to an image before the model sees it."""
+
+from typing import NamedTuple
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class Preprocess(NamedTuple):
+    """Resize the short side, crop the square of the centre, normalise.
+
+    Attributes:
+      short_side, resolution: pixels, before and after the crop.
+      mean, std: of the channels, of pixels in 0 … 1.
+    """
+
+    short_side: int
+    resolution: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def preprocess(config) -> Preprocess:
+    """Of `config.eval.preprocess`, at the model's resolution.
+
+    "declip": the crop is 224 of a short side of 256 pixels (or in that proportion), ImageNet's mean
+    and standard deviation. "openai", also open_clip's and ALIP's: the short side is the crop's,
+    CLIP's mean and standard deviation. "train": so too, but with those the run trains with.
+
+    Raises:
+      ValueError: another name.
+    """
+    name, resolution = config.eval.preprocess, config.model.image.resolution
+    if name == "declip":
+        return Preprocess(round(resolution * 256 / 224), resolution, *IMAGENET)
+    if name == "openai":
+        return Preprocess(resolution, resolution, *CLIP)
+    if name == "train":
+        return Preprocess(resolution, resolution, config.image_mean, config.image_std)
+    raise ValueError(
+        f"config.eval.preprocess={name!r} is unknown: expected 'declip', 'openai' or 'train'."
+    )

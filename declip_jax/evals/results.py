@@ -1,0 +1,92 @@
+"""The scores of a checkpoint, in files that other programs read: one JSON, and the same as CSV."""
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Results:
+    """What has been scored of one checkpoint; written after each task, so that nothing is lost.
+
+    `WORKDIR/evaluations/step_N.json` holds {"workdir", "step", "checkpoint", "results", "absent"},
+    step_N.csv a line a metric. Results of another checkpoint with the same number are moved aside.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint.
+      checkpoint: its digest.
+    """
+
+    def __init__(self, workdir: Path, step: int, checkpoint: str):
+        self.path = workdir / "evaluations" / f"step_{step}.json"
+        self._all: dict[str, Any] = {
+            "workdir": str(workdir),
+            "step": step,
+            "checkpoint": checkpoint,
+            "results": [],
+            "absent": [],
+        }
+        if self.path.exists():
+            before = read_results(self.path)
+            if before["checkpoint"] == checkpoint:
+                self._all |= {name: before[name] for name in ("results", "absent")}
+            else:
+                aside = f"other_step_{step}_{before['checkpoint'][:8]}.json"
+                os.replace(self.path, self.path.with_name(aside))
+
+    def find(self, identity: str) -> dict[str, Any] | None:
+        """The result that has this id."""
+        return next((r for r in self._all["results"] if r["id"] == identity), None)
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Keeps a result in place of an earlier one of the same set, task and settings."""
+        same = ("set", "task", "settings")
+        kept = [r for r in self._all["results"] if any(r[k] != result[k] for k in same)]
+        self._all["results"] = [*kept, result]
+        self._write()
+
+    def set_absent(self, absent: list[dict[str, str]]) -> None:
+        """Notes what could not be scored: {"set", "task", "why"} each."""
+        # What another suite missed is still missing, unless it has come since.
+        named = {(a["set"], a["task"]) for a in absent}
+        named |= {(r["set"], r["task"]) for r in self._all["results"]}
+        before = [a for a in self._all["absent"] if (a["set"], a["task"]) not in named]
+        self._all["absent"] = before + absent
+        self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self._all, indent=1, ensure_ascii=False)
+        _replace(self.path, text + "\n")
+        rows = [("set", "task", "metric", "value", "preprocess", "source", "split")]
+        for result in self._all["results"]:
+            settings = result["settings"]
+            where = (settings["preprocess"], settings.get("source", ""), settings.get("split", ""))
+            for metric, value in result["metrics"].items():
+                rows.append((result["set"], result["task"], metric, value, *where))
+        with open(self.path.with_suffix(".csv.part"), "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+        os.replace(self.path.with_suffix(".csv.part"), self.path.with_suffix(".csv"))
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What `Results` wrote.
+
+    Raises:
+      ValueError: another kind of file.
+    """
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        return {name: read[name] for name in ("workdir", "step", "checkpoint", "results", "absent")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not what python -m declip_jax.evaluate writes ({error!r}): move it away."
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_suffix(".json.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

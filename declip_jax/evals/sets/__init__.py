@@ -1,0 +1,342 @@
+"""The sets that papers report: class names, prompts, splits and metrics, and how to open them.
+
+Each is a JSON file here: title, source (where its names and prompts are from), metric, tfds (what
+TFDS calls it, if it has it), splits, folders (other names that its folder may have), templates, and
+classes, pairs of the label in TFDS and in folders with the name that prompts use, in the order of
+the source. A set like another has that one's templates and classes, of these only its `labels`.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import read_only_builder
+
+from declip_jax.data.sources import Columns, Source, open_source, paths
+
+NAMES = (
+    "cifar10",
+    "cifar100",
+    "food101",
+    "oxford_pets",
+    "flowers102",
+    "sun397",
+    "stanford_cars",
+    "dtd",
+    "caltech101",
+    "fgvc_aircraft",
+    "imagenet",
+    "imagenet_v2",
+    "imagenet_a",
+    "imagenet_r",
+    "imagenet_sketch",
+)
+RETRIEVAL = ("flickr30k", "mscoco")
+
+_HELD_OUT = 10  # one record of so many in a row is for validation, where a set has none for it
+
+
+class Absent(ValueError):
+    """A set is not on this machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSet:
+    """What is known of a set. Those for retrieval have no classes and templates.
+
+    Attributes:
+      name: of NAMES or RETRIEVAL.
+      title: for people.
+      source: where names and prompts are from, a URL.
+      metric: that papers report, such as "top1" or "mean_per_class".
+      class_names: as they read in a prompt, in the order of the source. Two may be the same:
+        OpenAI's list has two missiles and two sunglasses for ImageNet.
+      labels: what TFDS and folders call each, in the same order; no two are the same.
+      other_labels: that data may name though the set has no images of them; ImageNet-A and -R are
+        of 200 classes and TFDS stores them with the labels of all 1,000.
+      templates: prompts, each with a `{}` for the name.
+      splits: {"train", "validation" or "test": the split of TFDS}; only those that the set has.
+        Where train and validation are the same, `open_set` parts it.
+      tfds: what TFDS calls it, or "".
+      folders: what its folder may be called besides `name`.
+      files: that stand for the set if they are in its folder.
+    """
+
+    name: str
+    title: str
+    source: str
+    metric: str
+    class_names: tuple[str, ...]
+    labels: tuple[str, ...]
+    other_labels: tuple[str, ...]
+    templates: tuple[str, ...]
+    splits: Mapping[str, str]
+    tfds: str
+    folders: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+@functools.cache
+def get(name: str) -> EvalSet:
+    """A set of NAMES or RETRIEVAL.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    known = (*NAMES, *RETRIEVAL)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"set {name!r} is unknown; {hint}Expected one of {known}.")
+    stored = _read(name)
+    parent = _read(stored["like"]) if "like" in stored else stored
+    classes = dict(parent.get("classes", ()))
+    labels = tuple(stored.get("labels", classes))
+    return EvalSet(
+        name=name,
+        title=stored["title"],
+        source=stored["source"],
+        metric=stored["metric"],
+        class_names=tuple(classes[label] for label in labels),
+        labels=labels,
+        other_labels=tuple(label for label in classes if label not in labels),
+        templates=tuple(parent.get("templates", ())),
+        splits=stored["splits"],
+        tfds=stored["tfds"],
+        folders=tuple(stored["folders"]),
+        files=tuple(stored.get("files", ())),
+    )
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((Path(__file__).parent / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def open_set(name: str, split: str, data_dir: str, source: str = "") -> Source:
+    """A split of a set, its labels in the order of `get(name).class_names`.
+
+    Where no source is given, the first of these is opened:
+      what TFDS wrote to DATA_DIR;
+      DATA_DIR/NAME, or DATA_DIR/ with one of the set's `folders` (wds_…, as CLIP_benchmark calls
+      them), in any format of `open_source`; splits are folders in it, SPLIT/CLASS/IMAGE and
+      SPLIT/*.tar, or parts of file names;
+      what TFDS wrote to $TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+    The source's classes are matched by label or name; case, and what stands between words, do not
+    matter. Where all are numbers, they count in the order of the set, from 0. All classes must be
+    there; for Caltech-101 these include the background, as OpenAI's list does.
+
+    Of a set without images for validation, the training images that `held_out` names are for
+    validation, and the others for training.
+
+    Args:
+      name: of NAMES or RETRIEVAL.
+      split: "train", "validation" or "test", as the evaluation protocol means it: ImageNet's test
+        split is what TFDS calls validation. Data without splits serve as "test" alone.
+      data_dir: a local folder.
+      source: the data, as `open_source` takes them; "" to look for them.
+
+    Raises:
+      Absent: no source is given and nothing is found.
+      ValueError: an unknown set, a split that it or the source lacks, or other classes.
+    """
+    known = get(name)
+    if split not in known.splits:
+        raise ValueError(f"{name} has no split {split!r}; it has {list(known.splits)}.")
+    stored = known.splits[split]
+    also = {"validation": ["val"], "val": ["validation"]}.get(stored, [])
+    words = [stored, *also, *(["test"] if split == "test" else [])]
+    opened = _open(source or _find(known, data_dir), words, bool(known.class_names))
+    if not known.class_names:
+        return opened
+    is_shared = list(known.splits.values()).count(stored) > 1
+    return _SetSource(opened, known, split if is_shared else "")
+
+
+def held_out(count: int) -> np.ndarray:
+    """Which of so many training records are for validation, where a set has none for it.
+
+    One of every ten in a row, drawn by seed 0: of records sorted by class a tenth of each class,
+    and of records in turns of classes all classes.
+    """
+    starts = np.arange(0, count, _HELD_OUT)
+    return np.random.default_rng(0).integers(starts, np.minimum(starts + _HELD_OUT, count))
+
+
+def _find(known: EvalSet, data_dir: str) -> str:
+    """Where the data are, as `open_source` takes it."""
+    folders = [os.path.join(data_dir, folder) for folder in (known.name, *known.folders)]
+    places = [os.path.join(folders[0], file) for file in known.files] + folders
+    by_tfds = _written_by_tfds(known.tfds, data_dir=data_dir)
+    here = (p for p in places if os.path.isfile(p) or (os.path.isdir(p) and os.listdir(p)))
+    found = by_tfds or next(here, "") or _written_by_tfds(known.tfds)
+    if found:
+        return found
+    message = f"{known.name} is not on this machine: there is no {', '.join(places)}"
+    advice = f"Put it into {folders[0]}, or name its place as the source"
+    if known.tfds:
+        message += (
+            f", and no TFDS data set {known.tfds} in {data_dir}, $TFDS_DATA_DIR or "
+            "~/tensorflow_datasets"
+        )
+        advice += (
+            f"; tfds build {known.tfds} --file_format=array_record --data_dir={data_dir} writes "
+            "it, where TensorFlow is installed"
+        )
+    raise Absent(f"{message}. {advice}.")
+
+
+def _written_by_tfds(name: str, **where: str) -> str:
+    """The directory of the newest version of a TFDS data set; "" if there is none."""
+    if name:
+        with contextlib.suppress(tfds.core.registered.DatasetNotFoundError):
+            return os.fspath(read_only_builder.builder_from_files(name, **where).data_path)
+    return ""
+
+
+def _open(place: str, words: Sequence[str], has_classes: bool) -> Source:
+    """Opens the first of `words` that names a split of a place.
+
+    Data that do not tell splits apart are opened where "test" is among them.
+    """
+    if place.startswith("tfds:"):
+        place = _written_by_tfds(place.removeprefix("tfds:")) or place
+    fs, path = paths.file_system(place)
+    columns = Columns()
+    if fs.isfile(os.path.join(path, "dataset_info.json")):
+        try:
+            info = tfds.builder_from_directory(place).info
+        except Exception:  # of several kinds, which `open_source` tells about
+            return open_source(place, words[0])
+        present = [word for word in words if word in info.splits]
+        if has_classes and "captions" not in info.features:
+            columns = Columns(captions=("label",))  # records have a caption, though none is used
+    elif fs.isdir(path):
+        present = [word for word in words if _has_split(fs, path, word)]
+    elif re.search(r"\.(tar|parquet)\}?$", place):
+        present = []
+    else:
+        present = words  # whatever else is a file has its splits in it
+    if not present and "test" not in words:
+        raise ValueError(
+            f"{place!r} has no split {' or '.join(words)}; data that do not tell splits apart "
+            "serve as the test split alone."
+        )
+    return open_source(place, present[0] if present else "test", columns)
+
+
+def _has_split(fs: fsspec.AbstractFileSystem, folder: str, word: str) -> bool:
+    """Whether a folder has WORD-00000-of-00010.* or a folder WORD with folders or shards in it."""
+    inside = os.path.join(folder, word)
+    if fs.isdir(inside):
+        entries = fs.ls(inside, detail=True)
+        # A class can be called like a split, as the trains of CIFAR-100: it has images.
+        return any(
+            entry["type"] == "directory" or entry["name"].endswith((".tar", ".parquet"))
+            for entry in entries
+        )
+    names = map(os.path.basename, fs.ls(folder, detail=False))
+    return any(re.match(rf"{word}-\d+-of-\d+", name) for name in names)
+
+
+class _SetSource(Source):
+    """The records of a source with the labels of a set, all or those of one part.
+
+    Args:
+      source: with classes.
+      known: the set.
+      part: "train" or "validation", which share the source, or "" for all of it.
+
+    Raises:
+      ValueError: the source has other classes than the set.
+    """
+
+    def __init__(self, source: Source, known: EvalSet, part: str):
+        self._source, self._set, self._part = source, known.name, part
+        self._labels = _labels(source, known)
+        self.class_names, self.files = known.class_names, source.files
+        self._indices = np.arange(len(source))
+        if part:
+            validation = held_out(len(source))
+            rest = np.delete(self._indices, validation)
+            self._indices = validation if part == "validation" else rest
+
+    def __str__(self) -> str:
+        return f"{self._set} ({self._part + ' of ' if self._part else ''}{self._source})"
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def layout(self) -> list[Any]:
+        return [self._set, self._part, self._labels, self._source.layout()]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._source[int(self._indices[index])]
+        label = self._labels[record["label"]]
+        if label is None:
+            raise ValueError(
+                f"its class {self._source.class_names[record['label']]!r} is not among the "
+                f"{len(self.class_names)} of {self._set}"
+            )
+        return record | {"label": label}
+
+    def locate(self, index: int) -> str:
+        return self._source.locate(int(self._indices[index]))
+
+
+def _labels(source: Source, known: EvalSet) -> list[int | None]:
+    """By label of the source, that of the set; None for those that the set has no images of."""
+    if not source.class_names:
+        raise ValueError(
+            f"{source} has no classes, as {known.name} needs them: class folders, a ClassLabel "
+            "'label' in TFDS, or KEY.cls in webdataset shards with classnames.txt beside them."
+        )
+    given = list(map(_fold, source.class_names))
+    names = list(map(_fold, known.class_names))
+    if given == names:
+        return list(range(len(names)))  # also where one stands for two, which order tells apart
+    places: dict[str, int | None]
+    if all(name.isdecimal() for name in given):
+        places = {str(number): number for number in range(len(names))}
+    else:
+        places = {n: place for place, n in enumerate(names) if names.count(n) == 1}
+        places |= dict.fromkeys(map(_fold, known.other_labels))
+        places |= {_fold(label): place for place, label in enumerate(known.labels)}
+    found = [places.get(name) for name in given]
+    unknown = [s for s, g in zip(source.class_names, given, strict=True) if g not in places]
+    lacking = [label for place, label in enumerate(known.labels) if place not in found]
+    twice = [
+        s
+        for i, s in enumerate(source.class_names)
+        if found[i] in found[:i] and found[i] is not None
+    ]
+    problems = [
+        f"{problem} {', '.join(map(repr, which[:3]))}{', …' * (len(which) > 3)}"
+        for problem, which in (
+            ("has the unknown", unknown),
+            ("lacks", lacking),
+            ("has a second time", twice),
+        )
+        if which
+    ]
+    if problems:
+        raise ValueError(
+            f"{source} has {len(given)} classes, {known.name} {len(names)}: it "
+            + "; it ".join(problems)
+            + ". Its classes must be called as in TFDS or as in the prompts."
+        )
+    return found
+
+
+def _fold(name: str) -> str:
+    return re.sub(r"[\s_/-]+", " ", name).strip().casefold()

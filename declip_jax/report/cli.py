@@ -1,0 +1,48 @@
+"""The command line of the report."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from absl import logging
+
+from declip_jax.metrics import table
+from declip_jax.report.page import write_page
+from declip_jax.report.runs import load_runs
+
+_DESCRIPTION = """Show runs on one HTML page, which needs no network.
+
+  python -m declip_jax.report runs/mine runs/other --out report.html
+
+The page has their curves, their scores beside published ones, what they confuse, and what captions
+find: images, and rows of the support set. Scores are those that declip_jax.evaluate has written.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m declip_jax.report",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("workdir", type=Path, nargs="+", help="folder of a training run")
+    parser.add_argument("--out", type=Path, help="default: report.html in the first workdir")
+    parser.add_argument("--images", type=int, default=256, help="how many to search (256)")
+    parser.add_argument("--captions", type=int, default=12, help="how many to show (12)")
+    args = parser.parse_args()
+    for name in ("images", "captions"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}={getattr(args, name)} must be at least 1")
+    out = args.out or args.workdir[0] / "report.html"
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read
+    try:
+        runs = load_runs(args.workdir)
+        write_page(runs, out, images=args.images, captions=args.captions)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for run in runs:
+        if evaluation := run.last_evaluation():
+            print(f"{run.workdir}, at its last evaluation (step {run.trained.step} is its newest):")
+            print(table(evaluation))
+    print(f"Report: {out} ({os.path.getsize(out) / 1e6:.1f} MB)")

@@ -1,0 +1,169 @@
+"""What single captions find: images, and rows of the support set."""
+
+import base64
+from typing import NamedTuple
+
+import cv2
+import jax
+import numpy as np
+
+from declip_jax import support_set
+from declip_jax.data.pipeline import Samples, digest, eval_images
+from declip_jax.data.sources import open_data, open_source
+from declip_jax.data.text import mask_tokens
+from declip_jax.data.tokenizer import tokenize
+from declip_jax.encode import Encoder
+from declip_jax.evals import suite
+from declip_jax.evals.retrieval import top_matches
+from declip_jax.evaluate import Trained
+from declip_jax.methods.base import SupportSet
+
+SIDE = 160  # pixels, of an image on the page
+
+
+class Match(NamedTuple):
+    """An image that a caption found: as a data URI, what it is of, and whether it is right."""
+
+    uri: str
+    caption: str
+    is_right: bool
+
+
+class Neighbour(NamedTuple):
+    """A row of the support set: its caption, None if it is still random, and its cosine.
+
+    Attributes:
+      augmented: it is the caption with words changed.
+      steps: training steps since it was enqueued.
+    """
+
+    caption: str | None
+    similarity: float
+    augmented: bool = False
+    steps: int = 0
+
+
+def gallery(trained: Trained, images: int, captions: int) -> list[tuple[str, list[Match]]]:
+    """Captions of the run's retrieval set, each with the five images it finds best, best first.
+
+    Args:
+      trained: without a `config.eval.retrieval.source`, its training data is used.
+      images: how many of the set to search, spread evenly over it.
+      captions: how many to show, spread evenly over those images'.
+
+    Raises:
+      ValueError: the data are not on this machine, or cannot be read.
+    """
+    config, encoder = trained.config, trained.encoder
+    settings = config.eval.retrieval
+    if settings.source:
+        source = open_source(settings.source, settings.split)
+    else:
+        source = open_data(config.data)
+    pixels, captions_of = [], []
+    for batch in eval_images(source, **suite.shared(config).reading, most=images):
+        pixels.append(batch["image"])
+        captions_of.extend(batch["captions"])
+    pixels = np.concatenate(pixels)
+    # Captions made of class names are those of many images: each is shown once, and is right for
+    # all of them.
+    texts = list(dict.fromkeys(own[-1] for own in captions_of))
+    shown = min(captions, len(texts))
+    texts = [texts[i * len(texts) // shown] for i in range(shown)]
+    found = top_matches(
+        encoder.encode_text(tokenize(texts, encoder.context)), encoder.encode_image(pixels), k=5
+    )
+    return [
+        (
+            text,
+            [Match(_uri(pixels[j]), captions_of[j][-1], text in captions_of[j]) for j in matches],
+        )
+        for text, matches in zip(texts, found, strict=True)
+    ]
+
+
+def neighbours(trained: Trained, captions: int, k: int) -> list[tuple[str, list[Neighbour]]]:
+    """Captions of the samples that training would take next, and what they find in the support set.
+
+    A caption is encoded as the loss does it: with the newest parameters, not their average, and
+    with tokens hidden if the method contrasts masked captions. The set keeps features, not texts:
+    those follow from a row's age, since sample number n is always the same.
+
+    Args:
+      trained: a model.
+      captions: how many, rounded up to what the devices share evenly.
+      k: rows for each.
+
+    Returns:
+      [] for a method without a support set.
+
+    Raises:
+      ValueError: the data are not on this machine, or have changed, or the batch size has, and what
+        was enqueued cannot be told.
+    """
+    rows = trained.state.extra.get("support_set")
+    if rows is None:
+        return []
+    config, setup = trained.config, trained.setup
+    seen = trained.record["samples"]
+    if seen != trained.step * config.batch_size:
+        raise ValueError(
+            "config.batch_size has changed during the run: which captions the rows come from "
+            "cannot be told."
+        )
+    source = open_data(config.data)
+    if trained.record.get("data") != digest(source):
+        raise ValueError(f"{source} has changed since: which captions the rows come from is lost.")
+    views = setup.method.views
+    samples = Samples(
+        source,
+        config.seed,
+        image_views=[config.views[name] for name in views.image],
+        text_views=views.text,
+        eda=config.data.eda,
+        synonyms=config.data.synonyms,
+    )
+    resolution = config.model.image.resolution
+    images = np.empty((len(views.image), resolution, resolution, 3), np.uint8)
+
+    texts, tokens = [], []
+    count = -(-captions // setup.mesh.size) * setup.mesh.size
+    for number in range(seen, seen + count):
+        sample = samples.draw(number, images)
+        ids = tokenize(sample.texts[:1], config.model.text.context)[0]
+        if views.text[0] == "masked":
+            ids, _ = mask_tokens(ids, config.data.mask_rate, sample.rng)
+        texts.append(sample.texts[0])
+        tokens.append(ids)
+    encoder = Encoder(setup.method, config, setup.mesh)
+    encoder.use(trained.state.params, trained.state.extra)
+    found = support_set.nearest(
+        rows,
+        encoder.encode_text(np.stack(tokens)),
+        min(k, len(rows["rows"])),
+        mesh=setup.mesh,
+        block=config.loss.block,
+    )
+
+    def describe(similarity: float, age: int) -> Neighbour:
+        if age < 0:
+            return Neighbour(None, similarity)
+        steps, view, place = SupportSet.origin(age, config.batch_size)
+        number = seen - (steps + 1) * config.batch_size + place
+        caption = samples.draw(number, images).texts[view]
+        return Neighbour(caption, similarity, views.text[view] == "augmented", steps)
+
+    similarities, ages = jax.device_get((found.similarity, found.age))
+    return [
+        (text, list(map(describe, row.tolist(), age.tolist())))
+        for text, row, age in zip(texts, similarities, ages, strict=True)
+    ]
+
+
+def _uri(image: np.ndarray) -> str:
+    """uint8 [R, R, 3] -> a JPEG as a data URI."""
+    if len(image) > SIDE:
+        image = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    bgr = np.ascontiguousarray(image[..., ::-1])
+    encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
+    return "data:image/jpeg;base64," + base64.b64encode(encoded).decode()

@@ -1,0 +1,190 @@
+"""The plots of the page. Their labels are HTML to plotly: what comes from data is escaped."""
+
+import html
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from declip_jax.report.runs import Run
+from declip_jax.report.scores import SEVERAL, TASKS, Scores, metric_title
+
+COLUMNS, PANEL = 3, 215  # panels side by side; pixels
+_FONT = "system-ui, sans-serif"
+_INK, _GRID = "#333", "#e8e8e8"
+# Titles of the panels, in their order; the loss terms come after the loss, then what a method logs
+# of its own, then the evaluations.
+_LOSS = "train/loss"
+_TITLES = {
+    "train/learning_rate": "Learning rate",
+    "train/logit_scale": "Logit scale",
+    "train/logit_scale_dense": "Logit scale of tokens",
+    "train/grad_norm": "Norm of the gradient",
+    "train/top1": "Top-1 within the batch",
+    "train/top5": "Top-5 within the batch",
+    "train/nn_similarity": "Support set: cosine of the nearest",
+    "train/nn_replaced": "Support set: rows replaced",
+    "train/nn_young": "Support set: nearest is young",
+    "train/pairs_per_s": "Training, pairs/s",
+    "data/pairs_per_s": "Input pipeline, pairs/s",
+    "train/data_wait_share": "Time spent waiting for data",
+}
+_HIDDEN = {"train/pairs_per_s_per_device", "train/seconds_left", "train/update_norm"}
+_COUNTS = ("images", "texts", "classes", "median_rank", "_std")
+
+
+def curves(runs: Sequence[Run]) -> str:
+    """All curves over the steps, a panel a name; a click in the legend hides a run in all."""
+    panels = _panels(runs)
+    rows = -(-len(panels) // COLUMNS)
+    figure = make_subplots(
+        rows=rows,
+        cols=COLUMNS,
+        subplot_titles=[html.escape(title) for title, _ in panels],
+        horizontal_spacing=0.055,
+        vertical_spacing=65 / (PANEL * rows) if rows > 1 else 0,
+    )
+    named = set()
+    for place, (_, name) in enumerate(panels):
+        at = dict(row=place // COLUMNS + 1, col=place % COLUMNS + 1)
+        for number, run in enumerate(runs):
+            if name not in run.curves:
+                continue
+            for trace in _traces(run.curves[name]):
+                label = html.escape(run.name)
+                entry = number not in named and trace.opacity is None
+                named |= {number} if entry else set()
+                trace.update(
+                    name=label, legendgroup=str(number), showlegend=entry, line_color=run.colour
+                )
+                figure.add_trace(trace, **at)
+        figure.update_yaxes(tickformat=".3~s" if name.endswith("_per_s") else None, **at)
+        if _is_share(name):
+            figure.update_yaxes(tickformat=".1~%", rangemode="tozero", **at)
+    figure.update_annotations(font=dict(size=13, color=_INK), yshift=4)
+    last = max(step for run in runs for step in run.curves["step"])
+    figure.update_xaxes(tickformat="~s", nticks=6, range=[0, 1.02 * last])
+    return _html(figure, "curves", height=PANEL * rows + 60, top=62)
+
+
+def bars(scores: Scores) -> str:
+    """Scores in per cent: for each row of the table beside, which tells the colours, its bars."""
+    rows = [row for row in scores.rows if any(row in one.values for one in scores.series)]
+    figure, places, ticks = go.Figure(), {}, []
+    place = 0.0  # of the next bar; rows have as many as they need
+    for row in rows:
+        first = place
+        for number, one in enumerate(scores.series):
+            if row in one.values:
+                places[number, row] = place
+                place += 1
+        ticks.append((first + place - 1) / 2)
+        place += 0.6
+    for number, one in enumerate(scores.series):
+        values = {places[number, row]: one.values[row] for row in rows if row in one.values}
+        figure.add_trace(
+            go.Bar(
+                y=list(values),
+                x=list(values.values()),
+                width=0.92,
+                text=[f"{value:.1f}" for value in values.values()],
+                textposition="outside",
+                textfont_size=10,
+                name=html.escape(f"{one.label}, {one.detail}"),
+                marker_color=one.colour,
+                orientation="h",
+                hoverinfo="name+x",
+            )
+        )
+    labels = [
+        f"{scores.rows[row]}, {metric_title(row.metric)}"
+        if scores.task in SEVERAL
+        else scores.rows[row]
+        for row in rows
+    ]
+    highest = max(value for one in scores.series for value in one.values.values())
+    figure.update_layout(barmode="overlay", showlegend=False)
+    figure.update_yaxes(
+        tickvals=ticks,
+        ticktext=[html.escape(label) + "  " for label in labels],
+        range=[place - 0.4, -0.8],
+        showgrid=False,
+        automargin=True,
+    )
+    figure.update_xaxes(ticksuffix=" %", range=[0, 1.1 * highest or 1])
+    return _html(figure, scores.task, height=round(50 + 15 * place), top=6)
+
+
+def _panels(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Titles and names of what any run has logged."""
+    logged = list(dict.fromkeys(name for run in runs for name in run.curves if "/" in name))
+    terms = dict.fromkeys(f"train/{term}" for run in runs for term in run.config.loss.weights)
+    titles = {_LOSS: "Loss", **{name: f"Loss: {name[6:]}" for name in terms}, **_TITLES}
+    if len(terms) == 1:  # the loss itself, but for its weight
+        titles = {_LOSS: "Loss", **_TITLES}
+    own = [n for n in logged if n.startswith("train/") and n not in {*titles, *terms, *_HIDDEN}]
+    titles |= {name: name[6:].replace("_", " ") for name in own}
+    for name in logged:
+        if name.startswith("val/") and not name.endswith(_COUNTS):
+            *parts, metric = name[4:].split("/")
+            parts = [TASKS.get(part, part) for part in parts]
+            title = f"{' '.join(parts)}, {metric_title(metric)}".replace("_", " ")
+            titles[name] = title[0].upper() + title[1:]
+    return [(title, name) for name, title in titles.items() if name in logged]
+
+
+def _is_share(name: str) -> bool:
+    return name.startswith("val/") or name in (
+        "train/top1",
+        "train/top5",
+        "train/nn_replaced",
+        "train/nn_young",
+        "train/data_wait_share",
+    )
+
+
+def _traces(curve: dict[int, float]) -> list[go.Scatter]:
+    steps, values = np.array(list(curve)), np.array(list(curve.values()), float)
+    mode = "lines+markers" if len(values) <= 50 else "lines"  # a lone value has no line
+    window = len(values) // 50
+    if window <= 1:
+        return [go.Scatter(x=steps, y=values, mode=mode, line_width=1.8, marker_size=5)]
+    # Single batches scatter: they are pale, and their running mean is not.
+    mean = np.convolve(values, np.full(window, 1 / window), mode="valid")
+    return [
+        go.Scatter(x=steps, y=values, mode="lines", line_width=1, opacity=0.25, hoverinfo="skip"),
+        go.Scatter(x=steps[window - 1 :], y=mean, mode="lines", line_width=1.8),
+    ]
+
+
+def _html(figure: go.Figure, name: str, height: int, top: int) -> str:
+    axis = dict(gridcolor=_GRID, zeroline=False, linecolor="#bbb", tickfont_size=11)
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    figure.update_layout(
+        template=None,
+        font=dict(family=_FONT, size=12, color=_INK),
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        margin=dict(l=48, r=12, t=top, b=36),
+        height=height,
+        legend=dict(
+            orientation="h",
+            x=0,
+            xanchor="left",
+            xref="container",
+            y=1,
+            yref="container",
+            yanchor="top",
+        ),
+        hovermode="x" if name == "curves" else "closest",
+    )
+    return figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=f"plot-{name}",
+        default_height=f"{height}px",
+        # A "$" begins no formula.
+        config=dict(displaylogo=False, displayModeBar=False, responsive=True, typesetMath=False),
+    )

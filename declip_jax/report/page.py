@@ -1,0 +1,77 @@
+"""The page itself."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from declip_jax.report import examples, figures
+from declip_jax.report.runs import Run, differences
+from declip_jax.report.scores import metric_title, scores, worst_classes
+
+_WORST = 12  # classes
+_NEIGHBOURS = 5
+
+
+def write_page(runs: Sequence[Run], out: Path, *, images: int, captions: int) -> None:
+    """Writes an HTML file that needs no other.
+
+    Args:
+      runs: to compare.
+      out: the file.
+      images: how many the captions search.
+      captions: how many are shown of each run.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # captions and names may hold anything
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["quote"] = shlex.quote
+    compared = list(scores(runs))
+    text = environment.get_template("page.html").render(
+        plotly=Markup(get_plotlyjs()),
+        runs=runs,
+        differences=differences(runs),
+        curves=Markup(figures.curves(runs)),
+        scores=[
+            (one, Markup(figures.bars(one) if any(s.values for s in one.series) else ""))
+            for one in compared
+        ],
+        metric_title=metric_title,
+        absent={k: why for one in compared for s in one.series for k, why in s.absent.items()},
+        images=images,
+        sources=list(dict.fromkeys(s.source for c in compared for s in c.series if s.source)),
+        confusions=_confusions(runs),
+        galleries=[_shown(run, examples.gallery, images, captions) for run in runs],
+        neighbours=[
+            _shown(run, examples.neighbours, -(-captions // 2), _NEIGHBOURS) for run in runs
+        ],
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+
+
+def _confusions(runs: Sequence[Run]):
+    """For each set that any run was scored on: its title, and each run's worst classes."""
+    sets = {}
+    for run in runs:
+        for result in (run.evaluation or {}).get("results", ()):
+            if result["task"] == "zeroshot":
+                settings = result["settings"]["preprocess"]
+                worst = worst_classes(result, _WORST)
+                sets.setdefault((result["title"], settings), []).append((run, worst))
+    return sets
+
+
+def _shown(run: Run, make, *args):
+    """The run, what `make` gives, and why it gives nothing: its data may be elsewhere by now."""
+    try:
+        return run, make(run.trained, *args), ""
+    except (ValueError, OSError) as error:
+        return run, [], str(error)

@@ -1,0 +1,130 @@
+"""What the workdirs of runs hold."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import clu.parameter_overview
+from flax.traverse_util import flatten_dict
+from plotly.colors import qualitative
+
+from declip_jax.evals.results import read_results
+from declip_jax.evaluate import Trained, load
+from declip_jax.metrics import read_metrics
+
+Curves = dict[str, dict[int, float]]
+
+
+class Run(NamedTuple):
+    """A run and its newest checkpoint.
+
+    Attributes:
+      workdir: its folder.
+      name: the folder's, or its path where several have the same name.
+      colour: of all that is drawn of it.
+      curves: for each name in metrics.jsonl, its value at each step, steps rising.
+      trained: the model.
+      evaluation: of its newest evaluated step, see `evals.results`; None without any.
+    """
+
+    workdir: Path
+    name: str
+    colour: str
+    curves: Curves
+    trained: Trained
+    evaluation: dict[str, Any] | None
+
+    @property
+    def config(self):
+        return self.trained.config
+
+    @property
+    def data(self) -> str:
+        data = self.config.data
+        return data.source or " + ".join(part["source"] for part in data.mixture)
+
+    def last_evaluation(self) -> dict[str, float]:
+        """The metrics of the last evaluation during training; {} if there was none."""
+        values = {name: c for name, c in self.curves.items() if name.startswith("val/")}
+        last = max((step for curve in values.values() for step in curve), default=0)
+        return {name: curve[last] for name, curve in values.items() if last in curve}
+
+    def summary(self) -> dict[str, str]:
+        """What the head of the page says of it."""
+        config, image = self.config, self.config.model.image
+        parameters = int(clu.parameter_overview.count_parameters(self.trained.state.params))
+        size = f"width {image.width}, {image.resolution} px"
+        return {
+            "method": config.method,
+            "image tower": f"ViT/{image.patch}, {image.layers} layers, {size}"
+            if image.kind == "vit"
+            else f"ResNet {'-'.join(map(str, image.layers))}, {size}",
+            "parameters": f"{parameters:,}",
+            "step": f"{self.trained.step:,} of {config.total_steps:,}",
+            "batch": f"{config.batch_size:,} pairs",
+            "pairs seen": f"{self.trained.record['samples']:,}",
+            "data": self.data,
+        }
+
+
+def load_runs(workdirs: Sequence[Path]) -> list[Run]:
+    """Reads runs and their newest models.
+
+    Raises:
+      ValueError: a workdir that is named twice, or without checkpoints or metrics.
+    """
+    paths = [workdir.resolve() for workdir in workdirs]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"{path} is named twice: name each workdir once.")
+    names = [path.name for path in paths]
+    palette = qualitative.D3
+    return [
+        _load(
+            workdir,
+            path.name if names.count(path.name) == 1 else str(workdir),
+            palette[number % len(palette)],
+        )
+        for number, (workdir, path) in enumerate(zip(workdirs, paths, strict=True))
+    ]
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """The settings in which runs differ: field, and its value in each run."""
+    flat = [flatten_dict(run.trained.record["config"], sep=".") for run in runs]
+    rows = []
+    for field in sorted(set().union(*flat)):
+        values = [json.dumps(f[field], ensure_ascii=False) if field in f else "–" for f in flat]
+        if len(set(values)) > 1:
+            rows.append((field, values))
+    return rows
+
+
+def _load(workdir: Path, name: str, colour: str) -> Run:
+    metrics = workdir / "metrics.jsonl"
+    trained = load(workdir)
+    curves = _read_curves(metrics) if metrics.exists() else {}
+    if not any("/" in name for name in curves):
+        raise ValueError(
+            f"{workdir} has nothing in metrics.jsonl, which training writes: train on."
+        )
+    return Run(workdir, name, colour, curves, trained, _newest_evaluation(workdir))
+
+
+def _read_curves(path: Path) -> Curves:
+    curves = defaultdict(dict)
+    for row in read_metrics(path):
+        for name, value in row.items():
+            curves[name][row["step"]] = value
+    return {name: dict(sorted(values.items())) for name, values in curves.items()}
+
+
+def _newest_evaluation(workdir: Path) -> dict[str, Any] | None:
+    files = {}
+    for path in workdir.glob("evaluations/step_*.json"):
+        number = path.stem.removeprefix("step_")
+        if number.isdecimal():
+            files[int(number)] = path
+    return read_results(files[max(files)]) if files else None

@@ -1,0 +1,169 @@
+"""The scores of the runs, as declip_jax.evaluate wrote them, beside those of the papers."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from declip_jax.evals import sets
+from declip_jax.evals.published import Number, published
+from declip_jax.report.runs import Run
+
+TASKS = {
+    "zeroshot": "Zero-shot classification",
+    "retrieval": "Retrieval",
+    "linear_probe": "Linear probe",
+    "knn": "k nearest neighbours",
+    "few_shot": "Few-shot probe",
+}
+SEVERAL = ("retrieval", "few_shot")  # tasks with more than one metric a set
+_METRICS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class": "mean per class",
+    **{f"image_to_text_r{k}": f"image → text R@{k}" for k in (1, 5, 10)},
+    **{f"text_to_image_r{k}": f"text → image R@{k}" for k in (1, 5, 10)},
+}
+_GREYS = ("#8a8a8a", "#b4b4b4", "#5c5c5c", "#d0d0d0")
+
+
+class Row(NamedTuple):
+    """What is compared: a metric on a set, with the preprocessing if there have been several."""
+
+    set: str
+    metric: str
+    preprocess: str
+
+
+class Series(NamedTuple):
+    """Scores of a run or of a paper.
+
+    Attributes:
+      label, detail, colour: of what is drawn of them.
+      values: in per cent.
+      absent: of a run: sets that have not been scored, and why.
+      source: of a paper: where in it the numbers stand, and its address.
+    """
+
+    label: str
+    detail: str
+    colour: str
+    values: dict[Row, float]
+    absent: dict[str, str] = {}
+    source: tuple[str, str] | None = None
+
+
+class Scores(NamedTuple):
+    """The scores of one task.
+
+    Attributes:
+      title: of the task.
+      rows: what is compared, each with a label; those no run has come last.
+      series: the runs, then the papers.
+    """
+
+    task: str
+    title: str
+    rows: dict[Row, str]
+    series: list[Series]
+
+
+class Class(NamedTuple):
+    """A class of a set, and what its images were taken for: shares."""
+
+    name: str
+    images: int
+    accuracy: float
+    taken_for: list[tuple[str, float]]
+
+
+def metric_title(name: str) -> str:
+    """What a metric is called on the page."""
+    if name.endswith("_shot"):
+        return f"{name.split('_')[1]}-shot top-1"
+    return _METRICS.get(name, name)
+
+
+def scores(runs: Sequence[Run]) -> Iterator[Scores]:
+    """Of each task that any run has been evaluated on, or should have been."""
+    for task, title in TASKS.items():
+        results = [_of_task(run, "results", task) for run in runs]
+        absent = [{a["set"]: a["why"] for a in _of_task(run, "absent", task)} for run in runs]
+        if not any(results) and not any(absent):
+            continue
+        protocols = {r["settings"]["preprocess"] for r in itertools.chain(*results)}
+        rows, series = {}, []
+        for run, own, missing in zip(runs, results, absent, strict=True):
+            values = {}
+            for result in own:
+                name = result["settings"]["preprocess"] if len(protocols) > 1 else ""
+                for metric, value in result["metrics"].items():
+                    several = task in SEVERAL and metric.endswith(("_r1", "_shot"))
+                    if several or metric == result["metric"]:
+                        row = Row(result["set"], metric, name)
+                        values[row] = 100 * value
+                        rows[row] = f"{result['title']} ({name})" if name else result["title"]
+            detail = f"step {run.evaluation['step']:,}" if run.evaluation else "not scored"
+            series.append(Series(run.name, detail, run.colour, values, missing))
+        known = {row.set for row in rows}
+        for name in dict.fromkeys(itertools.chain(*absent)):
+            if name not in known:
+                found = sets.get(name)
+                ways = ("image_to_text_r1", "text_to_image_r1")
+                metrics = ways if task == "retrieval" else (found.metric,)
+                rows |= {Row(name, metric, ""): found.title for metric in metrics}
+        yield Scores(task, title, rows, series + _papers(runs, task, rows))
+
+
+def worst_classes(result: dict[str, Any], most: int) -> list[Class]:
+    """Of a zero-shot result, the classes with the lowest accuracy, lowest first."""
+    worst = sorted(result["classes"], key=lambda one: one["accuracy"])[:most]
+    return [
+        Class(
+            one["name"],
+            one["images"],
+            one["accuracy"],
+            [(name, count / one["images"]) for name, count in one["taken_for"]],
+        )
+        for one in worst
+    ]
+
+
+def _of_task(run: Run, part: str, task: str) -> list[dict[str, Any]]:
+    return [one for one in (run.evaluation or {}).get(part, ()) if one["task"] == task]
+
+
+def _papers(runs: Sequence[Run], task: str, rows: Iterable[Row]) -> list[Series]:
+    """What is published of the runs' methods: a series for each model and data of a table."""
+    numbers = dict.fromkeys(itertools.chain(*(_comparable(run, task) for run in runs)))
+    found: dict[tuple, Series] = {}
+    for number in numbers:
+        for row in rows:
+            if (row.set, row.metric) == (number.set, number.metric):
+                key = number.method, number.model, number.data, number.paper, number.table
+                series = found.setdefault(
+                    key,
+                    Series(
+                        number.method,
+                        f"{number.model}, {number.data}",
+                        _GREYS[len(found) % len(_GREYS)],
+                        {},
+                        source=(
+                            f"{number.authors} {number.year}, {number.title}: {number.table}",
+                            number.url,
+                        ),
+                    ),
+                )
+                series.values[row] = number.value
+    return list(found.values())
+
+
+def _comparable(run: Run, task: str) -> list[Number]:
+    """Numbers of the run's method and kind of image tower; where its data are named, of those."""
+    kind = "ViT" if run.config.model.image.kind == "vit" else "RN"
+    numbers = [n for n in published(run.config.method, task=task) if n.model.startswith(kind)]
+    source = _letters(run.data)
+    return [n for n in numbers if _letters(n.data) in source] or numbers
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
