@@ -88,10 +88,21 @@ def load(workdir: Path, step: str = "newest", preprocess: str | None = None) -> 
     # This machine's devices, not those of the training: as many as share its work evenly.
     config.mesh = dict(data=-1, fsdp=1)
     config.model.attention = "xla"
-    if preprocess:
-        config.eval.preprocess = preprocess
+    if preprocess or "preprocess" in config.eval:
+        config.eval.preprocess = preprocess or config.eval.preprocess
+    else:
+        raise ValueError(
+            f"{workdir} is of a version without config.eval.preprocess: say which --preprocess."
+        )
     shares = math.gcd(config.eval.batch_size, config.loss.support_set.size)
     count = max(n for n in range(1, jax.device_count() + 1) if shares % n == 0)
+    if count < jax.device_count():
+        print(
+            f"Using {count} of {jax.device_count()} devices: more do not divide "
+            f"config.eval.batch_size={config.eval.batch_size} and "
+            f"config.loss.support_set.size={config.loss.support_set.size}.",
+            file=sys.stderr,
+        )
     setup = Setup(config, jax.devices()[:count])
     state = checkpoints.restore(chosen, setup.abstract_state)
     checkpoints.close()
@@ -110,7 +121,7 @@ def evaluate(
       trained: of `load`.
       workdir: of its run.
       entries: of a suite.
-      again: score also what has been scored.
+      again: compute everything, also what has been scored or is in the cache.
 
     Returns:
       The results of these entries, as `Results` keeps them; and a line for each that failed.
@@ -139,7 +150,7 @@ def evaluate(
             "for.",
             file=sys.stderr,
         )
-    cache = Cache(workdir / "evaluations" / "cache", trained.digest)
+    cache = Cache(None if again else workdir / "evaluations" / "cache", trained.digest)
     found, started = [], time.perf_counter()
     for number, task in enumerate(tasks, 1):
         identity = json.dumps([trained.digest, task.identity()], sort_keys=True).encode()
@@ -150,14 +161,17 @@ def evaluate(
             start = time.perf_counter()
             try:
                 metrics, classes = task(trained.encoder, cache)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 if len(entries) == 1:
                     raise
                 failed.append(f"{task.name}: {error}")
                 continue
+            title, images = task.title, metrics["images"]
+            if task.images_of_set not in (0, images):
+                title += f" ({images:,} of {task.images_of_set:,} images)"
             result = {
                 "set": task.set,
-                "title": task.title,
+                "title": title,
                 "task": task.task,
                 # Few-shot classification leaves out what classes are too small for.
                 "metric": next(m for m in (task.metric, *task.metrics[::-1]) if m in metrics),
@@ -210,7 +224,7 @@ def main() -> None:
         help="zeroshot: prompt such as 'a photo of a {}.'; may be given several times",
     )
     parser.add_argument("--prefix", help="retrieval: put before captions, as 'a photo of '")
-    parser.add_argument("--again", action="store_true", help="also what has been scored before")
+    parser.add_argument("--again", action="store_true", help="also what is known from before")
     args = parser.parse_args()
     one = {"set", "data", "split", "classes", "templates", "prefix"}
     if args.suite and (given := [name for name in one if getattr(args, name) is not None]):
@@ -241,9 +255,9 @@ def main() -> None:
         print(f"{args.task} on {result['title']}, {where}:\n{table(result['metrics'])}")
         print(json.dumps(described | result["metrics"]))
     elif results:
-        scores = {f"{r['set']} {r['task']} {r['metric']}": r for r in results}
         print(f"{where}, by the metric that papers report:")
-        print(table({name: r["metrics"][r["metric"]] for name, r in scores.items()}))
+        rows = {f"{r['title']}, {r['task']}, {r['metric']}": r for r in results}
+        print(table({name: r["metrics"][r["metric"]] for name, r in rows.items()}))
     if not args.task:
         print(f"All metrics: {args.workdir / 'evaluations'}/step_{trained.step}.json and .csv")
         print(f"A page of them: python -m declip_jax.report {args.workdir}")

@@ -182,10 +182,11 @@ def table(rows: Mapping[str, float]) -> str:
     """Evaluation metrics as lines of name and value; shares (0..1 floats) as percentages."""
     width = max(len(name) for name in rows)
     return "\n".join(
-        f"  {name:<{width}}  " + (f"{100 * value:7.2f} %" if _is_share(name) else f"{value:9,.6g}")
+        f"  {name:<{width}}  " + (f"{100 * value:7.2f} %" if is_share(name) else f"{value:9,.6g}")
         for name, value in rows.items()
     )
 
 
-def _is_share(name: str) -> bool:
+def is_share(name: str) -> bool:
+    """Whether a metric of an evaluation is a fraction, and no count, rank or setting."""
     return not name.endswith(("images", "texts", "median_rank", "lambda"))

@@ -274,8 +274,17 @@ def train(config, workdir: Path) -> TrainState:
             check_finite(scalars, step, workdir)
             evaluation = {}
             if evaluates:
-                evaluation = suite.run(tasks, encoder.use(state.eval_params, state.extra))
-                progress.say(f"Evaluation at step {step}:\n{table(evaluation)}")
+                encoder.use(state.eval_params, state.extra)
+                evaluation, failed = suite.run(tasks, encoder, lambda: interrupt.asked)
+                for line in failed:
+                    progress.say(f"Evaluation failed: {line}")
+                if evaluation:
+                    progress.say(f"Evaluation at step {step}:\n{table(evaluation)}")
+                if best_metric and best_metric not in evaluation:
+                    progress.say(
+                        f"This evaluation has no config.checkpoint.best_metric={best_metric!r}: "
+                        "its checkpoint will not be the best."
+                    )
             writer.write(step, scalars | evaluation)
             if saves:
                 checkpoints.save(state, samples, data, config, evaluation)

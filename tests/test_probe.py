@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -21,6 +23,16 @@ def digits():
     return [array[part] for part in parts for array in (features, labels)]
 
 
+@pytest.fixture(scope="module")
+def cifar10():
+    """The same of CIFAR-10: a fifth of a sample of it, as configs/cifar10.py's CLIP sees it."""
+    with np.load(Path(__file__).parent / "features" / "cifar10.npz") as stored:
+        data = {name: stored[name] for name in stored}
+    train, labels = data["train"].astype(np.float32), data["train_labels"].astype(np.int32)
+    test, test_labels = data["test"].astype(np.float32), data["test_labels"].astype(np.int32)
+    return [train[:3000], labels[:3000], train[3000:], labels[3000:], test, test_labels]
+
+
 def _place(features, labels, mesh=None):
     """What `fit` takes, of all examples, and where it begins."""
     put = probe._Placement(features, mesh)
@@ -36,9 +48,15 @@ def _objective(weight, bias, features, labels, strength):
     return losses.sum() + strength / 2 * (weight**2).sum()
 
 
-@pytest.mark.parametrize("strength", np.array([1e-3, 1e-1, 1.0, 10.0, 1e3]))
-def test_equals_scikit_learn(digits, strength):
-    train, train_labels, _, _, test, test_labels = digits
+@pytest.mark.parametrize(
+    "data, strength",
+    [
+        *(("digits", np.float64(strength)) for strength in (1e-3, 1e-1, 1.0, 10.0, 1e3)),
+        *(("cifar10", np.float64(strength)) for strength in (1e-1, 1.0, 10.0)),
+    ],
+)
+def test_equals_scikit_learn(data, strength, request):
+    train, train_labels, _, _, test, test_labels = request.getfixturevalue(data)
     expected = LogisticRegression(C=1 / strength, tol=1e-8, max_iter=10_000).fit(
         train.astype(np.float64), train_labels
     )

@@ -1,7 +1,9 @@
+import jax
 import numpy as np
 import pytest
 
 from declip_jax.evals.retrieval import collect, ranks, retrieval, top_matches
+from declip_jax.parallel.mesh import make_mesh
 
 
 def _features(rng, rows, width=64, grid=2.0**10):
@@ -31,17 +33,20 @@ def _plain_ranks(scores, match):
 
 
 @pytest.mark.parametrize("grid", [2.0**10, 8.0], ids=["few ties", "mostly ties"])
-@pytest.mark.parametrize("block", [128, 1024, 4096])
-def test_ranks_and_metrics_equal_plain_numpy(grid, block):
+@pytest.mark.parametrize("block, devices", [(128, 1), (1024, 1), (4096, 1), (128, 6)])
+def test_ranks_and_metrics_equal_plain_numpy(grid, block, devices):
+    mesh = make_mesh(devices, 1, jax.devices()[:devices])
     image, text, image_of_text = _set(0, 500, 2500, grid)
     scores = image @ text.T
     match = image_of_text == np.arange(500)[:, None]
     to_text, to_image = _plain_ranks(scores, match), _plain_ranks(scores.T, match.T)
 
     of_image = np.arange(500, dtype=np.int32)
-    np.testing.assert_array_equal(ranks(image, text, of_image, image_of_text, block), to_text)
-    np.testing.assert_array_equal(ranks(text, image, image_of_text, of_image, block), to_image)
-    assert retrieval(image, text, image_of_text, ks=(1, 5, 10), block=block) == {
+    np.testing.assert_array_equal(ranks(image, text, of_image, image_of_text, block, mesh), to_text)
+    np.testing.assert_array_equal(
+        ranks(text, image, image_of_text, of_image, block, mesh), to_image
+    )
+    assert retrieval(image, text, image_of_text, ks=(1, 5, 10), block=block, mesh=mesh) == {
         "image_to_text_r1": (to_text < 1).mean(),
         "image_to_text_r5": (to_text < 5).mean(),
         "image_to_text_r10": (to_text < 10).mean(),
@@ -55,11 +60,12 @@ def test_ranks_and_metrics_equal_plain_numpy(grid, block):
     }
 
 
-@pytest.mark.parametrize("k, block", [(5, 64), (100, 64), (5, 1024)])
-def test_top_matches_equal_plain_numpy(k, block):
+@pytest.mark.parametrize("k, block, devices", [(5, 64, 1), (100, 64, 1), (5, 1024, 1), (5, 64, 6)])
+def test_top_matches_equal_plain_numpy(k, block, devices):
+    mesh = make_mesh(devices, 1, jax.devices()[:devices])
     image, text, _ = _set(1, 130, 300, grid=8.0)
     expected = np.argsort(-(text @ image.T), axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(top_matches(text, image, k, block), expected)
+    np.testing.assert_array_equal(top_matches(text, image, k, block, mesh), expected)
 
 
 def test_equal_rows_are_ranked_by_index_without_exact_arithmetic():

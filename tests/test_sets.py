@@ -331,7 +331,7 @@ def test_imagenet_a_without_split_folders(tmp_path):
 def test_a_class_called_train_is_no_split(tmp_path):
     class_folders(tmp_path, sets.get("cifar100").labels)
     assert len(sets.open_set("cifar100", "test", "", str(tmp_path))) == 100
-    with pytest.raises(ValueError, match="has no split train; data that do not tell splits apart"):
+    with pytest.raises(ValueError, match="no split train of cifar100; data that do not tell"):
         sets.open_set("cifar100", "train", "", str(tmp_path))
 
 
@@ -473,3 +473,27 @@ def test_a_source_that_is_not_there_is_no_absent_set(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder") as raised:
         sets.open_set("cifar10", "test", "", str(tmp_path / "nothing"))
     assert not isinstance(raised.value, sets.Absent)
+
+
+def test_data_without_a_validation_split_share_their_training_images(tmp_path):
+    """As folders of DTD often are, whose official splits are three."""
+    labels = sets.get("dtd").labels
+    for split in ("train", "test"):
+        class_folders(tmp_path / "dtd" / split, labels)
+    opened = {s: sets.open_set("dtd", s, str(tmp_path)) for s in ("train", "validation", "test")}
+    assert [len(opened[s]) for s in opened] == [42, 5, 47]
+    keys = [{source[i]["key"] for i in range(len(source))} for source in opened.values()]
+    assert not keys[0] & keys[1] and keys[0] | keys[1] == keys[2]
+    class_folders(tmp_path / "dtd" / "val", labels)
+    assert len(sets.open_set("dtd", "train", str(tmp_path))) == 47
+    assert len(sets.open_set("dtd", "validation", str(tmp_path))) == 47
+
+
+def test_a_split_that_is_not_on_this_machine_is_absent(tmp_path):
+    class_folders(tmp_path / "dtd" / "test", sets.get("dtd").labels)
+    for split in ("train", "validation"):
+        with pytest.raises(sets.Absent, match="has no split train of dtd"):
+            sets.open_set("dtd", split, str(tmp_path))
+        with pytest.raises(ValueError, match="has no split train of dtd") as raised:
+            sets.open_set("dtd", split, "", str(tmp_path / "dtd"))
+        assert not isinstance(raised.value, sets.Absent)

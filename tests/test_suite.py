@@ -95,11 +95,69 @@ def test_retrieval_takes_so_many_captions_and_a_prefix(tmp_path):
     assert metrics["texts"] == 3 and metrics["text_to_image_r1"] == 1.0
 
 
-def test_features_are_made_once_for_all_tasks_of_a_set(folder):
+def test_features_are_made_once_for_all_that_learn_from_them(folder):
     encoder, cache = ByColour(), Cache()
     for task in ("linear_probe", "knn"):
         score(dict(task=task, source=folder), cache, encoder)
     assert encoder.images == 30 + 12
+
+
+def test_other_pictures_under_the_same_names_are_other_data(folder, tmp_path):
+    """Nor are splits of one size with the same names the same images."""
+    cache, scores = Cache(tmp_path / "cache", "model"), []
+    for number, colours in enumerate((list(COLOURS), list(COLOURS)[::-1])):
+        place = tmp_path / str(number)
+        for split in ("train", "test"):
+            for name, colour in zip(COLOURS, colours, strict=True):
+                (place / split / name).mkdir(parents=True)
+                image = np.full((40, 40, 3), COLOURS[colour], np.uint8)
+                cv2.imwrite(str(place / split / name / "0.png"), image)
+                cv2.imwrite(str(place / split / name / "1.png"), image // 2)
+        entry = dict(task="zeroshot", source=str(place))
+        probe = suite.task_of(dict(task="knn", source=str(place)), shared())
+        scores.append(score(entry, cache).metrics["top1"])
+        splits = probe.splits(ByColour(), cache)
+        assert len(splits["train"]) + len(splits["validation"]) == len(splits["test"]) == 6
+        identity = probe.identity()
+        cv2.imwrite(str(place / "test" / "red" / "1.png"), np.zeros((40, 40, 3), np.uint8))
+        assert suite.task_of(dict(task="knn", source=str(place)), shared()).identity() != identity
+        features = probe.features(probe._test, ByColour(), cache)[0]
+        assert not np.array_equal(features, splits["test"])
+    assert scores == [1.0, 1 / 3]
+
+
+def test_splits_must_differ_and_have_the_same_classes(folder, tmp_path):
+    for name in list(COLOURS)[1:]:
+        (tmp_path / "val" / name).mkdir(parents=True)
+        image = np.zeros((40, 40, 3), np.uint8)
+        cv2.imwrite(str(tmp_path / "val" / name / "0.png"), image)
+    for split in ("train", "test"):
+        (tmp_path / split).symlink_to(f"{folder}/{split}")
+    entry = dict(task="linear_probe", source=str(tmp_path))
+    with pytest.raises(ValueError, match="'train' and 'val' of .* have different classes: 3 and 2"):
+        suite.task_of(entry | dict(validation="val"), shared())
+    with pytest.raises(ValueError, match="'test' and 'test' of .* are the same images"):
+        suite.task_of(entry | dict(validation="test"), shared())
+
+
+def test_a_task_that_fails_or_is_not_waited_for_leaves_the_others(folder):
+    tasks = [
+        suite.task_of(dict(task=name, source=folder), shared()) for name in ("knn", "zeroshot")
+    ]
+    tasks[0].splits = lambda *_: (_ for _ in ()).throw(ValueError("no luck"))
+    metrics, failed = suite.run(tasks, ByColour())
+    assert failed == [f"{folder}/knn: no luck"] and f"val/{folder}/zeroshot/top1" in metrics
+    assert suite.run(tasks, ByColour(), stop=lambda: True) == ({}, [])
+
+
+def test_in_training_a_set_and_task_come_once(folder, tmp_path):
+    path = tmp_path / "mine.py"
+    entry = f"dict(task='retrieval', source={folder!r}"
+    path.write_text(f"def get_suite():\n    return [{entry}), {entry}, prefix='a ')]\n")
+    config = common.get_config("tiny").unlock()
+    config.eval.suite = str(path)
+    with pytest.raises(ValueError, match="has more than one of"):
+        suite.build(config)
 
 
 def test_prompts_are_encoded_once(folder, tmp_path):
@@ -142,6 +200,8 @@ def test_without_a_validation_split_a_tenth_of_the_images_is_held_out(folder):
         (dict(task="zeroshot", source="scenes", spilt="test"), "did you mean 'split'"),
         (dict(task="few_shot", source="scenes", neighbours=3), "no setting 'neighbours'"),
         (dict(task="zeroshot"), "needs a set"),
+        (dict(task="few_shot", source="scenes", shots=()), "shots="),
+        (dict(task="zeroshot", source="scenes", split="zeroshot", templates="a photo"), "no {}"),
         (dict(task="knn", source="scenes", train="train[:8]", test="test"), "has no classes"),
         (dict(task="knn", source="scenes", train="zeroshot", test="zeroshot"), "the same images"),
     ],

@@ -5,6 +5,7 @@ Wu et al. 2018, https://arxiv.org/abs/1805.01978, section 3.4, with the k = 20 o
 """
 
 import numpy as np
+from jax.sharding import Mesh
 
 from declip_jax.evals.classification import accuracies, check_features
 from declip_jax.evals.retrieval import top_matches
@@ -18,6 +19,7 @@ def knn(
     classes: int,
     neighbours: int = 20,
     temperature: float = 0.07,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Accuracies of the class with most votes.
 
@@ -31,6 +33,7 @@ def knn(
       classes: C; labels lie in [0, C).
       neighbours: that vote, or all training images if there are fewer.
       temperature: of the weights.
+      mesh: the test images are divided over its devices; None for one device.
 
     Returns:
       top1, top5, mean_per_class, images, see `classification.accuracies`.
@@ -49,7 +52,7 @@ def knn(
         raise ValueError(f"neighbours={neighbours}: expected at least one")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected a number above 0")
-    nearest = top_matches(test, train, neighbours)  # [N, k]
+    nearest = top_matches(test, train, neighbours, mesh=mesh)  # [N, k]
 
     def voted(block=1024):
         for start in range(0, len(test), block):

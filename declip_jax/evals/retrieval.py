@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def collect(
@@ -66,6 +67,7 @@ def retrieval(
     image_of_text: np.ndarray,
     ks: Sequence[int] = (1, 5, 10),
     block: int = 1024,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Recall at k (a fraction of queries) and median rank (counted from 1), both ways.
 
@@ -78,6 +80,7 @@ def retrieval(
       image_of_text: int [M], the image each text belongs to.
       ks: how many matches to look at.
       block: side of a tile of scores.
+      mesh: the queries are divided over its devices; None for one device.
 
     Returns:
       image_to_text_r{k}, text_to_image_r{k}, image_to_text_median_rank,
@@ -116,8 +119,8 @@ def retrieval(
     image = np.arange(images, dtype=np.int32)
     metrics = {}
     for way, rank in (
-        ("image_to_text", ranks(image_features, text_features, image, image_of_text, block)),
-        ("text_to_image", ranks(text_features, image_features, image_of_text, image, block)),
+        ("image_to_text", ranks(image_features, text_features, image, image_of_text, block, mesh)),
+        ("text_to_image", ranks(text_features, image_features, image_of_text, image, block, mesh)),
     ):
         metrics |= {f"{way}_r{k}": float((rank < k).mean()) for k in ks}
         metrics[f"{way}_median_rank"] = float(np.median(rank)) + 1
@@ -130,6 +133,7 @@ def ranks(
     query_image: np.ndarray,
     candidate_image: np.ndarray,
     block: int = 1024,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """How many candidates stand before each query's best match.
 
@@ -144,13 +148,15 @@ def ranks(
       query_image: int [N], the image a query is or belongs to.
       candidate_image: int [M].
       block: side of a tile of scores.
+      mesh: the queries are divided over its devices; None for one device.
 
     Returns:
       int32 [N].
     """
-    targets = list(_blocks(candidates, candidate_image, block))
+    block, divided, everywhere = _shardings(block, mesh)
+    targets = list(_blocks(candidates, candidate_image, block, everywhere))
     result = []
-    for rows, _, row_image in _blocks(queries, query_image, block):
+    for rows, _, row_image in _blocks(queries, query_image, block, divided):
         best, first = jnp.full(block, -jnp.inf), jnp.zeros(block, jnp.int32)
         for columns, index, column_image in targets:
             scores = _scores(rows, columns, index)
@@ -163,7 +169,11 @@ def ranks(
 
 
 def top_matches(
-    queries: np.ndarray, candidates: np.ndarray, k: int, block: int = 1024
+    queries: np.ndarray,
+    candidates: np.ndarray,
+    k: int,
+    block: int = 1024,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """The candidates with the highest scores, best first; of equal ones, the lower index first.
 
@@ -172,14 +182,16 @@ def top_matches(
       candidates: float32 [M, D].
       k: matches a query.
       block: side of a tile of scores.
+      mesh: the queries are divided over its devices; None for one device.
 
     Returns:
       int32 [N, min(k, M)], rows of `candidates`.
     """
     k = min(k, len(candidates))
-    targets = list(_blocks(candidates, np.arange(len(candidates)), block))
+    block, divided, everywhere = _shardings(block, mesh)
+    targets = list(_blocks(candidates, np.arange(len(candidates)), block, everywhere))
     result = []
-    for rows, _, _ in _blocks(queries, np.arange(len(queries)), block):
+    for rows, _, _ in _blocks(queries, np.arange(len(queries)), block, divided):
         best, matches = jnp.full((block, k), -jnp.inf), jnp.zeros((block, k), jnp.int32)
         for columns, index, _ in targets:
             best, matches = _merge_top(_scores(rows, columns, index), index, best, matches)
@@ -187,21 +199,32 @@ def top_matches(
     return np.concatenate(result)[: len(queries)]
 
 
+def _shardings(block: int, mesh: Mesh | None) -> tuple[int, NamedSharding, NamedSharding]:
+    """A block that divides over the devices, and how queries and candidates lie on them."""
+    mesh = mesh or Mesh(jax.local_devices()[:1], ("data",))
+    return (
+        -(-block // mesh.size) * mesh.size,
+        NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
+        NamedSharding(mesh, PartitionSpec()),
+    )
+
+
 def _blocks(
-    features: np.ndarray, image: np.ndarray, block: int
+    features: np.ndarray, image: np.ndarray, block: int, sharding: NamedSharding
 ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
-    """Yields features [block, D], their row numbers [block] and images [block] on the device.
+    """Yields features [block, D], their row numbers [block] and images [block] on the devices.
 
     The last block is padded, so that every tile has one shape: row number and image -1.
     """
     for start in range(0, len(features), block):
         rows = np.arange(start, min(start + block, len(features)), dtype=np.int32)
         pad = (0, block - len(rows))
-        yield (
-            jnp.asarray(np.pad(features[rows], (pad, (0, 0)))),
-            jnp.asarray(np.pad(rows, pad, constant_values=-1)),
-            jnp.asarray(np.pad(image[rows], pad, constant_values=-1)),
+        arrays = (
+            np.pad(features[rows], (pad, (0, 0))),
+            np.pad(rows, pad, constant_values=-1),
+            np.pad(image[rows], pad, constant_values=-1),
         )
+        yield jax.device_put(arrays, sharding)
 
 
 @jax.jit

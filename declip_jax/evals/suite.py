@@ -2,7 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from declip_jax.evals.knn import knn
 from declip_jax.evals.preprocess import preprocess
 from declip_jax.evals.probe import few_shot, linear_probe
 from declip_jax.evals.retrieval import collect, retrieval
-from declip_jax.evals.zeroshot import class_embeddings, per_class, zeroshot
+from declip_jax.evals.zeroshot import check_prompts, class_embeddings, per_class, zeroshot
 
 
 class Shared(NamedTuple):
@@ -76,6 +77,7 @@ class Task:
       name: in the names of metrics.
       metrics: what a call gives, without the counts.
       metric: the one of them that papers report of this set.
+      images_of_set: that its test split has, 0 if this is not known.
       settings: all that the scores follow from, besides the model and the data.
 
     Raises:
@@ -93,6 +95,7 @@ class Task:
                 "python -m declip_jax.prepare wrote."
             )
         self.set, self.title, self.metric = set or source, set or source, self.metrics[0]
+        self.images_of_set = 0
         self.name = f"{self.set}/{self.task}"
         self._set, self._source, self._shared = set, source, shared
         self.settings: dict[str, Any] = {"source": source, "preprocess": shared.preprocess}
@@ -100,20 +103,22 @@ class Task:
         self._names: tuple[str, ...] = ()  # of classes, where they matter beside their number
         if set:
             known = sets.get(set)
-            self.title, self.metric = known.title, known.metric
+            self.title, self.metric, self.images_of_set = known.title, known.metric, known.images
 
     def open(self, split: str) -> Source:
         if self._set:
             source = sets.open_set(self._set, split, self._shared.data_dir, self._source)
         else:
             source = open_source(self._source, split)
+        if not len(source):
+            raise ValueError(f"{source} is empty: there is nothing to score.")
         self._opened.append(source)
         return source
 
     def identity(self) -> list[Any]:
         """Settings and data, as plain values: what is the same scores the same."""
-        layouts = [source.layout() for source in self._opened]
-        return [self.task, self.set, self.settings, self._names, layouts]
+        data = [source.identity() for source in self._opened]
+        return [self.task, self.set, self.settings, self._names, data]
 
     def images(self, source: Source):
         """`eval_images`, with progress on a terminal."""
@@ -134,7 +139,7 @@ class Task:
                 labels.append(batch["label"])
             return {"features": np.concatenate(features), "labels": np.concatenate(labels)}
 
-        content = ["features", self._shared.reading, self._shared.preprocess, source.layout()]
+        content = ["features", self._shared.reading, self._shared.preprocess, source.identity()]
         arrays = cache.get(content, make)
         return arrays["features"], arrays["labels"]
 
@@ -157,7 +162,7 @@ class Zeroshot(Task):
         set: str = "",
         source: str = "",
         split: str = "test",
-        templates: Sequence[str] = (),
+        templates: Sequence[str] | str = (),
         classes: str = "",
     ):
         super().__init__(shared, set, source)
@@ -167,7 +172,11 @@ class Zeroshot(Task):
             names = tuple(read_class_names(classes, names).values())
         _check_classes(self._images, split)
         templates = templates or (sets.get(set).templates if set else shared.templates)
+        if isinstance(templates, str):
+            templates = (templates,)
         self._names, self._templates = names, tuple(templates)
+        self._may_repeat = bool(set) and not classes
+        check_prompts(self._names, self._templates, repeated_names=self._may_repeat)
         self.settings |= dict(split=split, templates=self._templates, classes=classes)
 
     def __call__(self, encoder, cache: Cache) -> Result:
@@ -178,7 +187,7 @@ class Zeroshot(Task):
                     lambda texts: tokenize(texts, encoder.context),
                     self._names,
                     self._templates,
-                    repeated_names=bool(self._set),  # OpenAI's for ImageNet: missile, sunglasses
+                    repeated_names=self._may_repeat,  # OpenAI's for ImageNet: missile, sunglasses
                 )
             }
 
@@ -231,7 +240,8 @@ class Retrieval(Task):
                     lambda texts: tokenize(texts, encoder.context),
                     batches(),
                     prefix=self._prefix,
-                )
+                ),
+                mesh=encoder.mesh,
             )
         )
 
@@ -261,15 +271,20 @@ class _Probe(Task):
         self._validation = self.open(validation) if validation else None
         _check_classes(self._train, train)
         self._classes = len(self._train.class_names)
-        if self._train.layout() == self._test.layout():
-            raise ValueError(
-                f"the splits {train!r} and {test!r} of {self.set!r} are the same images: what was "
-                "learnt by heart would be asked for."
-            )
-        if self._test.class_names != self._train.class_names:
-            raise ValueError(
-                f"the splits {train!r} and {test!r} of {self.set!r} have different classes."
-            )
+        opened = [(train, self._train), (test, self._test)]
+        if self._validation is not None:
+            opened.append((validation, self._validation))
+        for (one, first), (other, second) in itertools.combinations(opened, 2):
+            if first.identity() == second.identity():
+                raise ValueError(
+                    f"the splits {one!r} and {other!r} of {self.set!r} are the same images: what "
+                    "was learnt by heart would be asked for."
+                )
+            if first.class_names != second.class_names:
+                raise ValueError(
+                    f"the splits {one!r} and {other!r} of {self.set!r} have different classes: "
+                    f"{len(first.class_names)} and {len(second.class_names)}."
+                )
         self.settings |= dict(train=train, validation=validation, split=test)
 
     def splits(self, encoder, cache: Cache) -> dict[str, np.ndarray]:
@@ -313,9 +328,12 @@ class FewShot(_Probe):
     task = "few_shot"
 
     def __init__(self, shared: Shared, *, shots=(1, 2, 4, 8, 16), seeds: int = 3, **splits):
+        counts = [shots] if isinstance(shots, int) else list(shots)
+        if not counts or not all(isinstance(n, int) and n > 0 for n in counts):
+            raise ValueError(f"shots={shots!r}: expected numbers of images, such as (1, 2, 4).")
         super().__init__(shared, **splits)
-        self._drawn = dict(shots=tuple(shots), seeds=seeds)
-        self.metrics = tuple(f"top1_{n}_shot" for n in shots)
+        self._drawn = dict(shots=tuple(counts), seeds=seeds)
+        self.metrics = tuple(f"top1_{n}_shot" for n in counts)
         self.metric = self.metrics[-1]
         self.settings |= self._drawn
 
@@ -344,7 +362,7 @@ class KNN(_Probe):
         for name in ("train", "train_labels"):
             validation = splits.pop(name.replace("train", "validation"))
             splits[name] = np.concatenate([splits[name], validation])
-        return Result(knn(**splits, **self._voting))
+        return Result(knn(**splits, **self._voting, mesh=encoder.mesh))
 
 
 def _check_classes(source: Source, split: str) -> None:
@@ -412,14 +430,41 @@ def build(config) -> tuple[list[Task], list[str]]:
             tasks.append(task_of(entry, common))
         except sets.Absent as error:
             absent.append(f"{entry['task']} on {entry.get('set')}: {error}")
-    return tasks, absent
+    names = [task.name for task in tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"config.eval.suite={config.eval.suite!r} has more than one of {sorted(twice)}: during "
+            "training each set and task has one place among the metrics."
+        )
+    # Those of a set stand together, for they share features.
+    order = {task.set: place for place, task in reversed(list(enumerate(tasks)))}
+    return sorted(tasks, key=lambda task: order[task.set]), absent
 
 
-def run(tasks: Sequence[Task], encoder) -> dict[str, float]:
-    """{"val/zeroshot/top1": …, "val/cifar10/linear_probe/top1": …, …} of every task."""
-    cache = Cache()  # of this model: its next step has other features
-    return {
-        f"val/{task.name}/{metric}": value
-        for task in tasks
-        for metric, value in task(encoder, cache).metrics.items()
-    }
+def run(
+    tasks: Sequence[Task], encoder, stop: Callable[[], bool] = lambda: False
+) -> tuple[dict[str, float], list[str]]:
+    """Scores a model in training, which an evaluation that fails does not end.
+
+    Args:
+      tasks: those of a set one after the other.
+      encoder: in use of the model.
+      stop: asked before each task whether the rest should be left out.
+
+    Returns:
+      {"val/zeroshot/top1": …, "val/cifar10/linear_probe/top1": …, …} of every task; and a line for
+      each task that failed.
+    """
+    metrics, failed = {}, []
+    for _, group in itertools.groupby(tasks, key=lambda task: task.set):
+        cache = Cache()  # features of one set at a time are in memory
+        for task in group:
+            if stop():
+                return metrics, failed
+            try:
+                found = task(encoder, cache).metrics
+            except (ValueError, OSError) as error:
+                failed.append(f"{task.name}: {error}")
+            else:
+                metrics |= {f"val/{task.name}/{name}": value for name, value in found.items()}
+    return metrics, failed

@@ -38,6 +38,22 @@ def class_embeddings(
       ValueError: no class names, repeated ones unless that is said to be right, no templates, a
       template without `{}`.
     """
+    check_prompts(class_names, templates, repeated_names=repeated_names)
+    count, embeddings = len(templates), []
+    step = max(1, block // count)
+    for start in range(0, len(class_names), step):
+        names = class_names[start : start + step]
+        prompts = [template.replace("{}", name) for name in names for template in templates]
+        # [b*T, D] -> [b, T, D] -> [b, D]
+        means = encode_text(tokenize(prompts)).reshape(len(names), count, -1).mean(axis=1)
+        embeddings.append(means / np.linalg.norm(means, axis=1, keepdims=True))
+    return np.concatenate(embeddings).astype(np.float32)
+
+
+def check_prompts(
+    class_names: Sequence[str], templates: Sequence[str], *, repeated_names: bool = False
+) -> None:
+    """Raises ValueError as `class_embeddings` says."""
     if not class_names:
         raise ValueError("class_names is empty: zero-shot classification needs named classes")
     repeated = [name for name, count in Counter(class_names).items() if count > 1]
@@ -54,15 +70,6 @@ def class_embeddings(
                 f"templates: {template!r} has no {{}} where the class name goes; "
                 "expected a list of prompts such as 'a photo of a {}.'"
             )
-    count, embeddings = len(templates), []
-    step = max(1, block // count)
-    for start in range(0, len(class_names), step):
-        names = class_names[start : start + step]
-        prompts = [template.replace("{}", name) for name in names for template in templates]
-        # [b*T, D] -> [b, T, D] -> [b, D]
-        means = encode_text(tokenize(prompts)).reshape(len(names), count, -1).mean(axis=1)
-        embeddings.append(means / np.linalg.norm(means, axis=1, keepdims=True))
-    return np.concatenate(embeddings).astype(np.float32)
 
 
 def zeroshot(

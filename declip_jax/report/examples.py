@@ -71,7 +71,9 @@ def gallery(trained: Trained, images: int, captions: int) -> list[tuple[str, lis
     shown = min(captions, len(texts))
     texts = [texts[i * len(texts) // shown] for i in range(shown)]
     found = top_matches(
-        encoder.encode_text(tokenize(texts, encoder.context)), encoder.encode_image(pixels), k=5
+        encoder.encode_text(tokenize([settings.prefix + t for t in texts], encoder.context)),
+        encoder.encode_image(pixels),
+        k=5,
     )
     return [
         (

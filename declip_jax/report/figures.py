@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from declip_jax.metrics import is_share
 from declip_jax.report.runs import Run
 from declip_jax.report.scores import SEVERAL, TASKS, Scores, metric_title
 
@@ -31,7 +32,6 @@ _TITLES = {
     "train/data_wait_share": "Time spent waiting for data",
 }
 _HIDDEN = {"train/pairs_per_s_per_device", "train/seconds_left", "train/update_norm"}
-_COUNTS = ("images", "texts", "classes", "median_rank", "_std")
 
 
 def curves(runs: Sequence[Run]) -> str:
@@ -126,7 +126,7 @@ def _panels(runs: Sequence[Run]) -> list[tuple[str, str]]:
     own = [n for n in logged if n.startswith("train/") and n not in {*titles, *terms, *_HIDDEN}]
     titles |= {name: name[6:].replace("_", " ") for name in own}
     for name in logged:
-        if name.startswith("val/") and not name.endswith(_COUNTS):
+        if name.startswith("val/") and is_share(name) and not name.endswith("_std"):
             *parts, metric = name[4:].split("/")
             parts = [TASKS.get(part, part) for part in parts]
             title = f"{' '.join(parts)}, {metric_title(metric)}".replace("_", " ")

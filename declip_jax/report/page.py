@@ -10,7 +10,7 @@ from plotly.offline import get_plotlyjs
 
 from declip_jax.report import examples, figures
 from declip_jax.report.runs import Run, differences
-from declip_jax.report.scores import metric_title, scores, worst_classes
+from declip_jax.report.scores import metric_title, scores, variants, worst_classes
 
 _WORST = 12  # classes
 _NEIGHBOURS = 5
@@ -46,7 +46,7 @@ def write_page(runs: Sequence[Run], out: Path, *, images: int, captions: int) ->
         metric_title=metric_title,
         absent={k: why for one in compared for s in one.series for k, why in s.absent.items()},
         images=images,
-        sources=list(dict.fromkeys(s.source for c in compared for s in c.series if s.source)),
+        sources={text: url for c in compared for s in c.series for text, url in s.sources.items()},
         confusions=_confusions(runs),
         galleries=[_shown(run, examples.gallery, images, captions) for run in runs],
         neighbours=[
@@ -58,14 +58,17 @@ def write_page(runs: Sequence[Run], out: Path, *, images: int, captions: int) ->
 
 
 def _confusions(runs: Sequence[Run]):
-    """For each set that any run was scored on: its title, and each run's worst classes."""
-    sets = {}
-    for run in runs:
-        for result in (run.evaluation or {}).get("results", ()):
-            if result["task"] == "zeroshot":
-                settings = result["settings"]["preprocess"]
-                worst = worst_classes(result, _WORST)
-                sets.setdefault((result["title"], settings), []).append((run, worst))
+    """For each set that any run was scored on: a heading, and each run's worst classes."""
+    scored = [
+        (run, result)
+        for run in runs
+        for result in (run.evaluation or {}).get("results", ())
+        if result["task"] == "zeroshot"
+    ]
+    variant, sets = variants([result for _, result in scored]), {}
+    for run, result in scored:
+        heading = ", ".join(filter(None, (result["title"], variant(result))))
+        sets.setdefault(heading, []).append((run, worst_classes(result, _WORST)))
     return sets
 
 

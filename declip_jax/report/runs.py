@@ -26,7 +26,8 @@ class Run(NamedTuple):
       colour: of all that is drawn of it.
       curves: for each name in metrics.jsonl, its value at each step, steps rising.
       trained: the model.
-      evaluation: of its newest evaluated step, see `evals.results`; None without any.
+      evaluation: {"results", "absent"} of all its evaluated steps, see `evals.results`, each result
+        with its "step"; of what was scored at several steps, the newest. None without any.
     """
 
     workdir: Path
@@ -110,7 +111,7 @@ def _load(workdir: Path, name: str, colour: str) -> Run:
         raise ValueError(
             f"{workdir} has nothing in metrics.jsonl, which training writes: train on."
         )
-    return Run(workdir, name, colour, curves, trained, _newest_evaluation(workdir))
+    return Run(workdir, name, colour, curves, trained, _evaluation(workdir))
 
 
 def _read_curves(path: Path) -> Curves:
@@ -121,10 +122,14 @@ def _read_curves(path: Path) -> Curves:
     return {name: dict(sorted(values.items())) for name, values in curves.items()}
 
 
-def _newest_evaluation(workdir: Path) -> dict[str, Any] | None:
-    files = {}
-    for path in workdir.glob("evaluations/step_*.json"):
-        number = path.stem.removeprefix("step_")
-        if number.isdecimal():
-            files[int(number)] = path
-    return read_results(files[max(files)]) if files else None
+def _evaluation(workdir: Path) -> dict[str, Any] | None:
+    read = [read_results(path) for path in workdir.glob("evaluations/step_*.json")]
+    results, absent = {}, {}
+    for one in sorted(read, key=lambda one: one["step"]):
+        for result in one["results"]:
+            same = json.dumps([result[name] for name in ("task", "set", "settings")])
+            results[same] = result | {"step": one["step"]}
+        absent |= {(missing["task"], missing["set"]): missing for missing in one["absent"]}
+    for result in results.values():
+        absent.pop((result["task"], result["set"]), None)
+    return dict(results=list(results.values()), absent=list(absent.values())) if read else None

@@ -1,7 +1,8 @@
 """The scores of the runs, as declip_jax.evaluate wrote them, beside those of the papers."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from declip_jax.evals import sets
@@ -16,6 +17,10 @@ TASKS = {
     "few_shot": "Few-shot probe",
 }
 SEVERAL = ("retrieval", "few_shot")  # tasks with more than one metric a set
+_ROWS = {  # of a set that is absent, where this is not the set's own metric
+    "retrieval": ("image_to_text_r1", "text_to_image_r1"),
+    "few_shot": ("top1_16_shot",),
+}
 _METRICS = {
     "top1": "top-1",
     "top5": "top-5",
@@ -27,11 +32,11 @@ _GREYS = ("#8a8a8a", "#b4b4b4", "#5c5c5c", "#d0d0d0")
 
 
 class Row(NamedTuple):
-    """What is compared: a metric on a set, with the preprocessing if there have been several."""
+    """What is compared: a metric on a set, with the settings in which results of it differ."""
 
     set: str
     metric: str
-    preprocess: str
+    variant: str
 
 
 class Series(NamedTuple):
@@ -41,7 +46,7 @@ class Series(NamedTuple):
       label, detail, colour: of what is drawn of them.
       values: in per cent.
       absent: of a run: sets that have not been scored, and why.
-      source: of a paper: where in it the numbers stand, and its address.
+      sources: of papers: where in them the numbers stand, and their addresses.
     """
 
     label: str
@@ -49,7 +54,7 @@ class Series(NamedTuple):
     colour: str
     values: dict[Row, float]
     absent: dict[str, str] = {}
-    source: tuple[str, str] | None = None
+    sources: dict[str, str] = {}
 
 
 class Scores(NamedTuple):
@@ -90,28 +95,43 @@ def scores(runs: Sequence[Run]) -> Iterator[Scores]:
         absent = [{a["set"]: a["why"] for a in _of_task(run, "absent", task)} for run in runs]
         if not any(results) and not any(absent):
             continue
-        protocols = {r["settings"]["preprocess"] for r in itertools.chain(*results)}
+        variant = variants(list(itertools.chain(*results)))
         rows, series = {}, []
         for run, own, missing in zip(runs, results, absent, strict=True):
             values = {}
             for result in own:
-                name = result["settings"]["preprocess"] if len(protocols) > 1 else ""
+                name = variant(result)
                 for metric, value in result["metrics"].items():
                     several = task in SEVERAL and metric.endswith(("_r1", "_shot"))
                     if several or metric == result["metric"]:
                         row = Row(result["set"], metric, name)
                         values[row] = 100 * value
                         rows[row] = f"{result['title']} ({name})" if name else result["title"]
-            detail = f"step {run.evaluation['step']:,}" if run.evaluation else "not scored"
+            steps = sorted({result["step"] for result in own})
+            detail = f"step {', '.join(f'{step:,}' for step in steps)}" if own else "not scored"
             series.append(Series(run.name, detail, run.colour, values, missing))
         known = {row.set for row in rows}
         for name in dict.fromkeys(itertools.chain(*absent)):
             if name not in known:
                 found = sets.get(name)
-                ways = ("image_to_text_r1", "text_to_image_r1")
-                metrics = ways if task == "retrieval" else (found.metric,)
+                metrics = _ROWS.get(task, (found.metric,))
                 rows |= {Row(name, metric, ""): found.title for metric in metrics}
         yield Scores(task, title, rows, series + _papers(runs, task, rows))
+
+
+def variants(results: Sequence[dict[str, Any]]) -> Callable[[dict[str, Any]], str]:
+    """What tells a result from the others of its set: the settings in which they differ."""
+
+    def text(value: Any) -> str:
+        return f"{len(value)} templates" if isinstance(value, list) else str(value) or "none"
+
+    def variant(result: dict[str, Any]) -> str:
+        others = [other["settings"] for other in results if other["set"] == result["set"]]
+        names = dict.fromkeys(name for settings in others for name in settings)
+        differing = [n for n in names if len({json.dumps(o.get(n)) for o in others}) > 1]
+        return ", ".join(f"{n} {text(result['settings'].get(n, ''))}" for n in differing)
+
+    return variant
 
 
 def worst_classes(result: dict[str, Any], most: int) -> list[Class]:
@@ -133,27 +153,27 @@ def _of_task(run: Run, part: str, task: str) -> list[dict[str, Any]]:
 
 
 def _papers(runs: Sequence[Run], task: str, rows: Iterable[Row]) -> list[Series]:
-    """What is published of the runs' methods: a series for each model and data of a table."""
+    """What is published of the runs' methods: a series for each model and data."""
     numbers = dict.fromkeys(itertools.chain(*(_comparable(run, task) for run in runs)))
     found: dict[tuple, Series] = {}
     for number in numbers:
         for row in rows:
             if (row.set, row.metric) == (number.set, number.metric):
-                key = number.method, number.model, number.data, number.paper, number.table
                 series = found.setdefault(
-                    key,
+                    (number.method, number.model, number.data),
                     Series(
                         number.method,
                         f"{number.model}, {number.data}",
                         _GREYS[len(found) % len(_GREYS)],
                         {},
-                        source=(
-                            f"{number.authors} {number.year}, {number.title}: {number.table}",
-                            number.url,
-                        ),
+                        sources={},
                     ),
                 )
-                series.values[row] = number.value
+                # Where two papers print the same, the first is shown.
+                if row not in series.values:
+                    series.values[row] = number.value
+                    text = f"{number.authors} {number.year}, {number.title}: {number.table}"
+                    series.sources[text] = number.url
     return list(found.values())
 
 

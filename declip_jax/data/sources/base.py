@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from declip_jax.data.sources import paths
+
 
 class Columns(NamedTuple):
     """What a source calls its fields; where nothing is named, it looks for the usual names.
@@ -73,6 +75,14 @@ class Source(Protocol):
     def layout(self) -> list[Any]:
         """What the order of the records follows from, in plain values; other data have another."""
         return [len(self), list(map(os.path.basename, self.files))]
+
+    def identity(self) -> list[Any]:
+        """What the records follow from, in plain values: also where the files are, and since when.
+
+        Unlike `layout` it changes when files are moved or written anew, with whatever contents.
+        """
+        places = [name if paths.is_remote(name) else os.path.abspath(name) for name in self.files]
+        return [self.layout(), places, paths.versions(self.files)]
 
     def locate(self, index: int) -> str:
         """Where a record is stored, for messages: the shard, and its place or name there."""

@@ -13,7 +13,7 @@ from declip_jax.data.raw import MAX_LINE, Captions, Files, csv_rows, jsonl_rows
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources.base import Columns, Refused, Source, count_refused, tell_refused
 from declip_jax.data.sources.fields import choose
-from declip_jax.data.sources.packed import Packed
+from declip_jax.data.sources.packed import Packed, stamps
 
 # Where `Columns` names nothing, the first of these that is there.
 _IMAGES = ("image", "filename", "file_name", "filepath", "image_path", "path")
@@ -94,6 +94,10 @@ class Captioned(Source):
 
     def layout(self) -> list[Any]:
         return [*super().layout(), self._items.digest()]
+
+    def identity(self) -> list[Any]:
+        keys = (self._items[index][0] for index in range(len(self)))
+        return [*super().identity(), stamps(self._files.root, keys)]
 
     def _item(self, index: int) -> list[Any]:
         if not 0 <= index < len(self):

@@ -32,6 +32,9 @@ class Part(Source):
     def layout(self) -> list[Any]:
         return [self._first, self._last, self.source.layout()]
 
+    def identity(self) -> list[Any]:
+        return [self._first, self._last, self.source.identity()]
+
     def _at(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} of {self}")
@@ -106,6 +109,9 @@ class Mixture(Source):
 
     def layout(self) -> list[Any]:
         return [self.slots.tolist(), *(source.layout() for source in self.sources)]
+
+    def identity(self) -> list[Any]:
+        return [self.slots.tolist(), *(source.identity() for source in self.sources)]
 
     def _at(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):

@@ -10,7 +10,7 @@ from absl import logging
 from declip_jax.data.raw import Files, is_utf8
 from declip_jax.data.sources.base import Refused, Source, count_refused, tell_refused
 from declip_jax.data.sources.fields import class_caption
-from declip_jax.data.sources.packed import Packed
+from declip_jax.data.sources.packed import Packed, stamps
 from declip_jax.data.sources.tar import is_image
 
 # Folders that would hardly be the classes themselves.
@@ -90,6 +90,10 @@ class ClassFolders(Source):
 
     def layout(self) -> list[Any]:
         return [*super().layout(), self._firsts.tolist(), self._names.digest()]
+
+    def identity(self) -> list[Any]:
+        keys = (self._place(index)[1] for index in range(len(self)))
+        return [self.layout(), stamps(self._root, keys)]
 
     def _place(self, index: int) -> tuple[int, str]:
         """The label of an image, and its key."""

@@ -1,9 +1,10 @@
 """The sets that papers report: class names, prompts, splits and metrics, and how to open them.
 
-Each is a JSON file here: title, source (where its names and prompts are from), metric, tfds (what
-TFDS calls it, if it has it), splits, folders (other names that its folder may have), templates, and
-classes, pairs of the label in TFDS and in folders with the name that prompts use, in the order of
-the source. A set like another has that one's templates and classes, of these only its `labels`.
+Each is a JSON file here: title, source (where its names and prompts are from), metric, images (of
+its test split), tfds (what TFDS calls it, if it has it), splits, folders (other names that its
+folder may have), templates, and classes, pairs of the label in TFDS and in folders with the name
+that prompts use, in the order of the source. A set like another has that one's templates and
+classes, of these only its `labels`.
 """
 
 import contextlib
@@ -13,11 +14,10 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
@@ -70,6 +70,7 @@ class EvalSet:
       tfds: what TFDS calls it, or "".
       folders: what its folder may be called besides `name`.
       files: that stand for the set if they are in its folder.
+      images: of the test split.
     """
 
     name: str
@@ -84,6 +85,7 @@ class EvalSet:
     tfds: str
     folders: tuple[str, ...]
     files: tuple[str, ...]
+    images: int
 
 
 @functools.cache
@@ -115,6 +117,7 @@ def get(name: str) -> EvalSet:
         tfds=stored["tfds"],
         folders=tuple(stored["folders"]),
         files=tuple(stored.get("files", ())),
+        images=stored["images"],
     )
 
 
@@ -136,8 +139,8 @@ def open_set(name: str, split: str, data_dir: str, source: str = "") -> Source:
     matter. Where all are numbers, they count in the order of the set, from 0. All classes must be
     there; for Caltech-101 these include the background, as OpenAI's list does.
 
-    Of a set without images for validation, the training images that `held_out` names are for
-    validation, and the others for training.
+    Of a set, or of data, without images for validation, the training images that `held_out` names
+    are for validation, and the others for training.
 
     Args:
       name: of NAMES or RETRIEVAL.
@@ -147,20 +150,45 @@ def open_set(name: str, split: str, data_dir: str, source: str = "") -> Source:
       source: the data, as `open_source` takes them; "" to look for them.
 
     Raises:
-      Absent: no source is given and nothing is found.
+      Absent: no source is given, and nothing is found, or not this split.
       ValueError: an unknown set, a split that it or the source lacks, or other classes.
     """
     known = get(name)
     if split not in known.splits:
         raise ValueError(f"{name} has no split {split!r}; it has {list(known.splits)}.")
-    stored = known.splits[split]
+    place = source or _find(known, data_dir)
+    if place.startswith("tfds:"):
+        place = _written_by_tfds(place.removeprefix("tfds:")) or place
+    part = ""
+    if split in ("train", "validation") and _shares_training(known, place):
+        split, part = "train", split
+    words = _words(known.splits[split]) + ["test"] * (split == "test")
+    present = [word for word in words if _has_split(place, word)]
+    if not present and "test" not in words:
+        kind = ValueError if source else Absent
+        raise kind(
+            f"{place!r} has no split {' or '.join(words)} of {name}; data that do not tell splits "
+            "apart serve as the test split alone."
+        )
+    columns = Columns()
+    if known.class_names and _has_labels_alone(place):
+        columns = Columns(captions=("label",))  # records have a caption, though none is used
+    opened = open_source(place, present[0] if present else "test", columns)
+    return _SetSource(opened, known, part) if known.class_names else opened
+
+
+def _words(stored: str) -> list[str]:
+    """What a split may be called: as TFDS calls it, or otherwise."""
     also = {"validation": ["val"], "val": ["validation"]}.get(stored, [])
-    words = [stored, *also, *(["test"] if split == "test" else [])]
-    opened = _open(source or _find(known, data_dir), words, bool(known.class_names))
-    if not known.class_names:
-        return opened
-    is_shared = list(known.splits.values()).count(stored) > 1
-    return _SetSource(opened, known, split if is_shared else "")
+    return [stored, *also]
+
+
+def _shares_training(known: EvalSet, place: str) -> bool:
+    """Whether a part of the training split is for validation, as there is none for it."""
+    validation = known.splits.get("validation")
+    if validation in (None, known.splits["train"]):
+        return validation is not None
+    return not any(_has_split(place, word) for word in _words(validation))
 
 
 def held_out(count: int) -> np.ndarray:
@@ -204,40 +232,36 @@ def _written_by_tfds(name: str, **where: str) -> str:
     return ""
 
 
-def _open(place: str, words: Sequence[str], has_classes: bool) -> Source:
-    """Opens the first of `words` that names a split of a place.
+def _has_labels_alone(place: str) -> bool:
+    """Whether it is a TFDS directory without captions."""
+    if not _is_tfds(place):
+        return False
+    try:
+        return "captions" not in tfds.builder_from_directory(place).info.features
+    except Exception:  # of several kinds, which `open_source` tells about
+        return False
 
-    Data that do not tell splits apart are opened where "test" is among them.
-    """
-    if place.startswith("tfds:"):
-        place = _written_by_tfds(place.removeprefix("tfds:")) or place
+
+def _is_tfds(place: str) -> bool:
     fs, path = paths.file_system(place)
-    columns = Columns()
-    if fs.isfile(os.path.join(path, "dataset_info.json")):
+    return fs.isfile(os.path.join(path, "dataset_info.json"))
+
+
+def _has_split(place: str, word: str) -> bool:
+    """Whether data tell splits apart, and have this one.
+
+    A folder has it as WORD-00000-of-00010.*, or as a folder WORD with folders or shards in it.
+    """
+    if _is_tfds(place):
         try:
-            info = tfds.builder_from_directory(place).info
+            return word in tfds.builder_from_directory(place).info.splits
         except Exception:  # of several kinds, which `open_source` tells about
-            return open_source(place, words[0])
-        present = [word for word in words if word in info.splits]
-        if has_classes and "captions" not in info.features:
-            columns = Columns(captions=("label",))  # records have a caption, though none is used
-    elif fs.isdir(path):
-        present = [word for word in words if _has_split(fs, path, word)]
-    elif re.search(r"\.(tar|parquet)\}?$", place):
-        present = []
-    else:
-        present = words  # whatever else is a file has its splits in it
-    if not present and "test" not in words:
-        raise ValueError(
-            f"{place!r} has no split {' or '.join(words)}; data that do not tell splits apart "
-            "serve as the test split alone."
-        )
-    return open_source(place, present[0] if present else "test", columns)
-
-
-def _has_split(fs: fsspec.AbstractFileSystem, folder: str, word: str) -> bool:
-    """Whether a folder has WORD-00000-of-00010.* or a folder WORD with folders or shards in it."""
-    inside = os.path.join(folder, word)
+            return True
+    fs, path = paths.file_system(place)
+    if not fs.isdir(path):
+        # A tar or Parquet file has no splits; whatever else is a file has them in it.
+        return re.search(r"\.(tar|parquet)\}?$", place) is None
+    inside = os.path.join(path, word)
     if fs.isdir(inside):
         entries = fs.ls(inside, detail=True)
         # A class can be called like a split, as the trains of CIFAR-100: it has images.
@@ -245,7 +269,7 @@ def _has_split(fs: fsspec.AbstractFileSystem, folder: str, word: str) -> bool:
             entry["type"] == "directory" or entry["name"].endswith((".tar", ".parquet"))
             for entry in entries
         )
-    names = map(os.path.basename, fs.ls(folder, detail=False))
+    names = map(os.path.basename, fs.ls(path, detail=False))
     return any(re.match(rf"{word}-\d+-of-\d+", name) for name in names)
 
 
@@ -279,6 +303,9 @@ class _SetSource(Source):
 
     def layout(self) -> list[Any]:
         return [self._set, self._part, self._labels, self._source.layout()]
+
+    def identity(self) -> list[Any]:
+        return [self._set, self._part, self._labels, self._source.identity()]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._source[int(self._indices[index])]
