@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every number of the training step on this machine's GPUs, into benchmarks/results/step_<device>.json.
+# Every number of the training step on this machine's GPUs, into benchmarks/results/step_<device>.json,
+# and of evaluation, into eval_<device>.json.
 #
 #   pip install -e '.[cuda,torch]'       # JAX and PyTorch, both for CUDA
 #   benchmarks/gpu.sh                    # about 40 minutes on one GPU; all sections below
@@ -73,12 +74,19 @@ variants() {
     done
 }
 
+# Zero-shot evaluation of ImageNet's size beside the forward pass.
+evaluation() {
+    local size=(--images 50000 --classes 1000 --prompts 80 --batch 512 --rounds 2)
+    [[ -n ${TINY:-} ]] && size=(--tiny --classes 10 --rounds 1)
+    "$python" benchmarks/eval.py "${size[@]}" --out "benchmarks/results/eval_$device.json" || failed=1
+}
+
 sections=("$@")
-(($#)) || sections=(peer batch towers methods variants)
+(($#)) || sections=(peer batch towers methods variants evaluation)
 for section in "${sections[@]}"; do
     case $section in
-        peer | batch | towers | methods | variants) $section ;;
-        *) echo "error: $section is not a section: peer batch towers methods variants" >&2; exit 2 ;;
+        peer | batch | towers | methods | variants | evaluation) $section ;;
+        *) echo "error: $section is not a section: peer batch towers methods variants evaluation" >&2; exit 2 ;;
     esac
 done
 echo "Results: $out"

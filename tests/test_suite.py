@@ -120,9 +120,9 @@ def test_other_pictures_under_the_same_names_are_other_data(folder, tmp_path):
         assert len(splits["train"]) + len(splits["validation"]) == len(splits["test"]) == 6
         identity = probe.identity()
         cv2.imwrite(str(place / "test" / "red" / "1.png"), np.zeros((40, 40, 3), np.uint8))
-        assert suite.task_of(dict(task="knn", source=str(place)), shared()).identity() != identity
-        features = probe.features(probe._test, ByColour(), cache)[0]
-        assert not np.array_equal(features, splits["test"])
+        changed = suite.task_of(dict(task="knn", source=str(place)), shared())
+        assert changed.identity() != identity
+        assert not np.array_equal(changed.splits(ByColour(), cache)["test"], splits["test"])
     assert scores == [1.0, 1 / 3]
 
 

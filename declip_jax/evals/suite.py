@@ -99,7 +99,7 @@ class Task:
         self.name = f"{self.set}/{self.task}"
         self._set, self._source, self._shared = set, source, shared
         self.settings: dict[str, Any] = {"source": source, "preprocess": shared.preprocess}
-        self._opened: list[Source] = []
+        self._opened: dict[Source, list[Any]] = {}  # and the identity of each, which takes time
         self._names: tuple[str, ...] = ()  # of classes, where they matter beside their number
         if set:
             known = sets.get(set)
@@ -112,12 +112,12 @@ class Task:
             source = open_source(self._source, split)
         if not len(source):
             raise ValueError(f"{source} is empty: there is nothing to score.")
-        self._opened.append(source)
+        self._opened[source] = source.identity()
         return source
 
     def identity(self) -> list[Any]:
         """Settings and data, as plain values: what is the same scores the same."""
-        data = [source.identity() for source in self._opened]
+        data = list(self._opened.values())
         return [self.task, self.set, self.settings, self._names, data]
 
     def images(self, source: Source):
@@ -139,7 +139,7 @@ class Task:
                 labels.append(batch["label"])
             return {"features": np.concatenate(features), "labels": np.concatenate(labels)}
 
-        content = ["features", self._shared.reading, self._shared.preprocess, source.identity()]
+        content = ["features", self._shared.reading, self._shared.preprocess, self._opened[source]]
         arrays = cache.get(content, make)
         return arrays["features"], arrays["labels"]
 
@@ -275,7 +275,7 @@ class _Probe(Task):
         if self._validation is not None:
             opened.append((validation, self._validation))
         for (one, first), (other, second) in itertools.combinations(opened, 2):
-            if first.identity() == second.identity():
+            if self._opened[first] == self._opened[second]:
                 raise ValueError(
                     f"the splits {one!r} and {other!r} of {self.set!r} are the same images: what "
                     "was learnt by heart would be asked for."

@@ -11,19 +11,7 @@ from typing import Any
 
 from declip_jax.evals import sets
 
-ELEVEN = (
-    "cifar10",
-    "cifar100",
-    "food101",
-    "oxford_pets",
-    "flowers102",
-    "sun397",
-    "stanford_cars",
-    "dtd",
-    "caltech101",
-    "fgvc_aircraft",
-    "imagenet",
-)
+ELEVEN = sets.NAMES[:11]  # the rest are variants of ImageNet's test split
 
 
 def _entries(task: str, names: tuple[str, ...], **settings) -> list[dict[str, Any]]:
