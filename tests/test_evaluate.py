@@ -144,7 +144,7 @@ def test_suite(run, suite_file, tmp_path, capsys, monkeypatch):
         assert "broken.jpg cannot be read" in str(stop.value)  # the others are scored all the same
         printed = capsys.readouterr()
         assert "Not on this machine: dtd." in printed.err
-        assert "scenes zeroshot top1" in printed.out
+        assert "scenes, zeroshot, top1" in printed.out
         seen.append(printed.err.count("scored before"))
     assert seen[0] < 2 and seen[1:] == [2, 0]  # another test may have scored one
     written = json.loads((run / "evaluations" / "step_2.json").read_text())

@@ -3,6 +3,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from absl import logging
 
 from declip_jax.data import raw
 from declip_jax.data.records import BadRecord
@@ -66,6 +67,7 @@ def test_empty_classes_keep_their_labels(tmp_path):
 
 
 def test_what_is_no_image_is_left_out_and_told(tmp_path, caplog):
+    logging.set_verbosity(logging.WARNING)  # commands that other tests call set it higher
     write(
         tmp_path, "a/1.jpg", "b/2.jpg", "a/.DS_Store", ".git/x.jpg", "a/notes.txt", "a/deep/3.jpg"
     )

@@ -230,11 +230,12 @@ def test_checkpoints_every_two_steps(run):
 def test_evaluation_uses_the_moving_average(run):
     from declip_jax.evaluate import load
 
-    config, encoder, step = load(run)
-    assert step == 4
-    state = Checkpoints(run, read_only=True).restore(4, Setup(config).abstract_state)
+    trained = load(run)
+    assert trained.step == 4
+    abstract = Setup(trained.config).abstract_state
+    state = Checkpoints(run, read_only=True).restore(4, abstract)
     averages, params = jax.tree.leaves(state.ema), jax.tree.leaves(state.params)
-    used = jax.tree.leaves(encoder._params)
+    used = jax.tree.leaves(trained.encoder._params)
     assert all(np.array_equal(a, b) for a, b in zip(used, averages, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(averages, params, strict=True))
 
