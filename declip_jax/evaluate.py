@@ -258,7 +258,7 @@ def main() -> None:
         print(f"{where}, by the metric that papers report:")
         rows = {f"{r['title']}, {r['task']}, {r['metric']}": r for r in results}
         print(table({name: r["metrics"][r["metric"]] for name, r in rows.items()}))
-    if not args.task:
+    if args.suite and results:
         print(f"All metrics: {args.workdir / 'evaluations'}/step_{trained.step}.json and .csv")
         print(f"A page of them: python -m declip_jax.report {args.workdir}")
     if failed:
