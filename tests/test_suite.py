@@ -91,6 +91,13 @@ def test_retrieval_takes_so_many_captions_and_a_prefix(tmp_path):
     (tmp_path / "set.csv").write_text("\n".join(rows) + "\n")
     entry = dict(task="retrieval", source=str(tmp_path / "set.csv"))
     assert score(entry).metrics["texts"] == 6
+    karpathy = [
+        dict(filename=f"{name}.png", split="test", sentences=[dict(raw=f"a {name}")] * 6)
+        for name in COLOURS
+    ]
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": karpathy}))
+    known = dict(task="retrieval", set="flickr30k", source=str(tmp_path / "dataset_flickr30k.json"))
+    assert score(known).metrics["texts"] == 15  # five of six
     metrics = score(entry | dict(captions_per_image=1, prefix="a photo of ")).metrics
     assert metrics["texts"] == 3 and metrics["text_to_image_r1"] == 1.0
 

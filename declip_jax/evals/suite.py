@@ -203,7 +203,8 @@ class Retrieval(Task):
     Args:
       split: to score.
       prefix: put before every caption; None: `config.eval.retrieval.prefix`.
-      captions_per_image: the first so many of each image; 0: all.
+      captions_per_image: the first so many of each image, 0: all; None: five of a known set, as its
+        protocol says, else all.
     """
 
     task = "retrieval"
@@ -217,11 +218,13 @@ class Retrieval(Task):
         source: str = "",
         split: str = "test",
         prefix: str | None = None,
-        captions_per_image: int = 0,
+        captions_per_image: int | None = None,
     ):
         super().__init__(shared, set, source)
         self._images = self.open(split)
         self._prefix = shared.prefix if prefix is None else prefix
+        if captions_per_image is None:
+            captions_per_image = 5 if set else 0
         self._most = captions_per_image or None
         self.settings |= dict(
             split=split, prefix=self._prefix, captions_per_image=captions_per_image

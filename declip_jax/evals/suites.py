@@ -24,13 +24,13 @@ SUITES = {
     # Yang et al. 2023, arXiv:2308.08428
     "alip": (
         _entries("zeroshot", ELEVEN)
-        + _entries("retrieval", sets.RETRIEVAL, captions_per_image=5, prefix="a photo of ")
+        + _entries("retrieval", sets.RETRIEVAL, prefix="a photo of ")
         + _entries("linear_probe", ELEVEN[:-1])
     ),
-    "retrieval": _entries("retrieval", sets.RETRIEVAL, captions_per_image=5),
+    "retrieval": _entries("retrieval", sets.RETRIEVAL),
     "all": (
         _entries("zeroshot", sets.NAMES)
-        + _entries("retrieval", sets.RETRIEVAL, captions_per_image=5)
+        + _entries("retrieval", sets.RETRIEVAL)
         + _entries("linear_probe", ELEVEN)
         + _entries("knn", ELEVEN)
         + _entries("few_shot", ELEVEN)
