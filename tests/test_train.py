@@ -119,6 +119,7 @@ def run_process(workdir: Path, stop_after: int, fields: dict, devices: int = 2) 
     return output.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_compilation_cache_is_used_where_it_is_safe(tmp_path, devices):
     fields = {"compilation_cache": str(tmp_path / "cache"), "eval.every": 0}
