@@ -88,9 +88,9 @@ def load(workdir: Path, step: str = "newest", preprocess: str | None = None) -> 
     # This machine's devices, not those of the training: as many as share its work evenly.
     config.mesh = dict(data=-1, fsdp=1)
     config.model.attention = "xla"
-    if preprocess or "preprocess" in config.eval:
-        config.eval.preprocess = preprocess or config.eval.preprocess
-    else:
+    if preprocess:
+        config.eval.preprocess = preprocess
+    elif "preprocess" not in config.eval:
         raise ValueError(
             f"{workdir} is of a version without config.eval.preprocess: say which --preprocess."
         )

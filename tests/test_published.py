@@ -84,3 +84,11 @@ def test_choice():
     assert [n.value for n in published("clip", "RN50")] == [37.2]
     assert [n.value for n in published("declip", "RN50", "zeroshot")] == [62.5, 44.4]
     assert {n.task for n in published("alip")} == {*TASKS}
+
+
+def test_papers_that_print_the_same_agree():
+    """The report shows the first of them."""
+    found = {}
+    for number in module._numbers():
+        same = (number.method, number.model, number.data, number.task, number.set, number.metric)
+        assert found.setdefault(same, number.value) == number.value

@@ -266,6 +266,7 @@ def test_results_are_kept_between_programs(tmp_path):
     assert [r["id"] for r in read["results"]] == ["b", "c"] and read["absent"] == []
     with open(tmp_path / "evaluations" / "step_3.csv", newline="") as file:
         rows = list(csv.DictReader(file))
+    assert all(json.loads(r["settings"]) == result()["settings"] for r in rows)
     assert [(r["set"], r["metric"], float(r["value"])) for r in rows] == [
         ("cifar10", "top1", 0.75),
         ("dtd", "top1", 0.5),

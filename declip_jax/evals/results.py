@@ -1,6 +1,7 @@
 """The scores of a checkpoint, in files that other programs read: one JSON, and the same as CSV."""
 
 import csv
+import io
 import json
 import os
 from pathlib import Path
@@ -58,17 +59,15 @@ class Results:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self._all, indent=1, ensure_ascii=False)
-        _replace(self.path, text + "\n")
-        rows = [("set", "task", "metric", "value", "preprocess", "source", "split")]
+        _replace(self.path, json.dumps(self._all, indent=1, ensure_ascii=False) + "\n")
+        table = io.StringIO()
+        rows = csv.writer(table)
+        rows.writerow(("set", "task", "metric", "value", "settings"))
         for result in self._all["results"]:
-            settings = result["settings"]
-            where = (settings["preprocess"], settings.get("source", ""), settings.get("split", ""))
+            settings = json.dumps(result["settings"], ensure_ascii=False)  # tell results apart
             for metric, value in result["metrics"].items():
-                rows.append((result["set"], result["task"], metric, value, *where))
-        with open(self.path.with_suffix(".csv.part"), "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
-        os.replace(self.path.with_suffix(".csv.part"), self.path.with_suffix(".csv"))
+                rows.writerow((result["set"], result["task"], metric, value, settings))
+        _replace(self.path.with_suffix(".csv"), table.getvalue())
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -87,6 +86,6 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".json.part")
-    part.write_text(text, encoding="utf-8")
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8", newline="")
     os.replace(part, path)

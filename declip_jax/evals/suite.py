@@ -167,10 +167,10 @@ class Zeroshot(Task):
     ):
         super().__init__(shared, set, source)
         self._images = self.open(split)
+        _check_classes(self._images, split)
         names = self._images.class_names
         if classes:
             names = tuple(read_class_names(classes, names).values())
-        _check_classes(self._images, split)
         templates = templates or (sets.get(set).templates if set else shared.templates)
         if isinstance(templates, str):
             templates = (templates,)

@@ -106,6 +106,8 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _load(workdir: Path, name: str, colour: str) -> Run:
     metrics = workdir / "metrics.jsonl"
     trained = load(workdir)
+    # The page needs the model alone, and the optimiser's state is twice as large.
+    trained = trained._replace(state=trained.state.replace(opt_state=None))
     curves = _read_curves(metrics) if metrics.exists() else {}
     if not any("/" in name for name in curves):
         raise ValueError(
