@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 help:
 	@echo "make quickstart  train DeCLIP on drawn scenes, score it, write runs/quickstart/report.html"
 	@echo "make test        run the tests (make test-all adds a whole quickstart, five minutes)"
-	@echo "make test-extras test what needs Apache Beam or transformers, in an environment of its own"
+	@echo "make test-extras test what needs Apache Beam or PyTorch's libraries, in an environment of its own"
 	@echo "make lint        ruff check and format check"
 	@echo "make setup       only create .venv and install everything"
 
@@ -41,11 +41,12 @@ test-all: setup
 
 # Apart, because Beam holds back protobuf and others.
 test-extras: $(VENV)-extras/.installed
-	$(VENV)-extras/bin/python -m pytest tests/test_beam.py tests/test_captioner.py
+	$(VENV)-extras/bin/python -m pytest -n auto --dist loadfile tests/test_beam.py \
+		tests/test_captioner.py tests/test_peers.py tests/test_tokenizer_files.py tests/test_interop_docs.py
 
 $(VENV)-extras/.installed: pyproject.toml | setup
 	$(BIN)/python -m venv $(VENV)-extras
-	$(VENV)-extras/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,beam,captions]'
+	$(VENV)-extras/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,beam,captions,torch]'
 	@touch $@
 
 lint: setup

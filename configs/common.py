@@ -39,6 +39,11 @@ def _common() -> ConfigDict:
     config.model.scan = True  # one compiled layer, or False: every layer unrolled
     config.model.remat = "none"  # what the backward pass computes again: "none", "dots", "full"
 
+    # What a new run starts from: weights of open_clip, Transformers, OpenAI, DeCLIP or ALIP (a file
+    # or a folder, see docs/interop.md), or another run's workdir. "": drawn anew.
+    config.init_from = ""
+    config.init_resize = False  # fit its positions to this image size and context, else refuse
+
     # --- loss ------------------------------------------------------------------------------------
     config.loss = ConfigDict()
     config.loss.weights = {"clip": 1.0}  # one for each of the method's terms

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
@@ -51,20 +52,26 @@ class Checkpoints:
         policies = [checkpoint_managers.LatestN(keep)]
         if best_metric:
             policies.append(checkpoint_managers.BestN(get_metric_fn=score, n=1))
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                best_fn=score if best_metric else None,  # has Orbax keep the metrics on disk
-                create=not read_only,
-                read_only=read_only,
-                cleanup_tmp_directories=not read_only,
-            ),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "record": ocp.JsonCheckpointHandler(),
-            },
-        )
+        verbosity = logging.get_verbosity()
+        if read_only:
+            logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                    best_fn=score if best_metric else None,  # has Orbax keep the metrics on disk
+                    create=not read_only,
+                    read_only=read_only,
+                    cleanup_tmp_directories=not read_only,
+                ),
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "record": ocp.JsonCheckpointHandler(),
+                },
+            )
+        finally:
+            logging.set_verbosity(verbosity)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -77,6 +84,28 @@ class Checkpoints:
         metrics = {step: self._manager.metrics(step) or {} for step in self.steps()}
         scored = {step: found[metric] for step, found in metrics.items() if metric in found}
         return max(scored, key=scored.get) if scored else None
+
+    def find(self, step: str) -> int:
+        """The step that a number, "newest" or "best" (by the run's own best metric) means.
+
+        Raises:
+          CheckpointError: no complete checkpoint, or not this one.
+        """
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"{self._folder.parent} holds no complete checkpoint yet.")
+        if step == "newest":
+            chosen = steps[-1]
+        elif step == "best":
+            chosen = self.best(self.record(steps[-1])["config"]["checkpoint"]["best_metric"])
+        else:
+            chosen = int(step) if step.isdecimal() else None
+        if chosen not in steps:
+            raise CheckpointError(
+                f"--step={step} is not a checkpoint of {self._folder.parent}: expected one of "
+                f"{steps}, 'newest', or 'best' if the run had a config.checkpoint.best_metric."
+            )
+        return chosen
 
     def save(
         self,
@@ -132,6 +161,47 @@ class Checkpoints:
         state = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
         ).state
+        self._check_bytes(step, state)
+        return state
+
+    def restore_model(self, step: int, ema: bool | None = None) -> dict[str, Any]:
+        """Restores the model alone, of any configuration, as host arrays.
+
+        Args:
+          step: one of `steps()`.
+          ema: the moving average of the parameters; None: if there is one.
+
+        Returns:
+          {"params": …} and, of a model that has them, {"batch_stats": …}.
+
+        Raises:
+          CheckpointError: there is no moving average, or bytes that changed on disk.
+        """
+        metadata = self._manager.item_metadata(step)["state"]
+        averaged = bool(jax.tree.leaves(metadata["ema"]))
+        if ema and not averaged:
+            raise CheckpointError(
+                f"{self._folder / str(step)} has no moving average: config.ema_decay was 0."
+            )
+        params = "ema" if averaged and ema is not False else "params"
+        wanted = {params: metadata[params]}
+        if "batch_stats" in metadata["extra"]:
+            wanted["extra"] = {"batch_stats": metadata["extra"]["batch_stats"]}
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), wanted
+        )
+        # Not by the manager: it restores the whole state or nothing.
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            arguments = ocp.checkpoint_utils.construct_restore_args(like)
+            state = checkpointer.restore(
+                self._folder / str(step) / "state",
+                args=ocp.args.PyTreeRestore(like, arguments, partial_restore=True),
+            )
+        self._check_bytes(step, state)
+        return jax.device_get({"params": state[params], **state.get("extra", {})})
+
+    def _check_bytes(self, step: int, state: Any) -> None:
         saved = self.record(step)["fingerprint"]
         damaged = [name for name, value in _fingerprint(state).items() if saved[name] != value]
         if damaged:
@@ -140,7 +210,6 @@ class Checkpoints:
                 "changed since it was written. Move that folder away to continue from the one "
                 f"before it (steps here: {self.steps()})."
             )
-        return state
 
     def _check_leaves(self, step: int, like: TrainState) -> None:
         # Orbax casts another dtype without a word, and its error for a shape names no leaf.
@@ -206,7 +275,7 @@ def _leaves(tree) -> list:
     return jax.tree_util.tree_leaves_with_path(tree)
 
 
-def _fingerprint(state: TrainState) -> dict[str, int]:
+def _fingerprint(state: Any) -> dict[str, int]:
     """A uint32 of every leaf's bits and their order; the same however the leaf is sharded."""
     values = jax.device_get(_fingerprint_on_device(state))
     return {path_name(path): int(value) for path, value in _leaves(values)}

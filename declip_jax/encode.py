@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from declip_jax import augment
 from declip_jax.evals.preprocess import preprocess
 from declip_jax.methods import Method
+from declip_jax.methods.base import Encoders
 from declip_jax.parallel.mesh import check_batch_size, replicated, shard_batch
 
 
@@ -16,12 +17,12 @@ class Encoder:
     The parameters are set by `use`, so that one compiled program serves a whole training run.
 
     Args:
-      method: whose model encodes.
+      method: whose model encodes, or encoders alone.
       config: the run's configuration (`eval.preprocess`, `eval.batch_size`).
       mesh: the batch is divided over its devices.
     """
 
-    def __init__(self, method: Method, config, mesh: Mesh):
+    def __init__(self, method: Method | Encoders, config, mesh: Mesh):
         check_batch_size("config.eval.batch_size", config.eval.batch_size, mesh)
         self.mesh = mesh
         self._batch_size = config.eval.batch_size

@@ -2,12 +2,15 @@
 
   python -m declip_jax.evaluate --workdir runs/mine --suite declip --data-dir data
   python -m declip_jax.evaluate --workdir runs/mine --task retrieval --data data/mine --split test
+  python -m declip_jax.evaluate --init ViT-B-32.pt --suite declip --data-dir data
 
 The model is the newest checkpoint of the workdir (or --step N, or --step best), its moving average
 if it has one. A suite scores many sets: declip, alip, retrieval, all, or a Python file with
 get_suite(). What has been scored before, of the same checkpoint with the same settings and data, is
 not scored again. Scores go to WORKDIR/evaluations/step_N.json and .csv; after a --task alone, the
 last line printed is one JSON object.
+
+--init scores weights of another program instead: open_clip, Transformers, OpenAI, DeCLIP or ALIP.
 """
 
 import argparse
@@ -23,14 +26,20 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from declip_jax.checkpoint import Checkpoints
+from declip_jax import initial
+from declip_jax.checkpoint import Checkpoints, to_json
 from declip_jax.encode import Encoder
 from declip_jax.evals import sets, suite, suites
 from declip_jax.evals.cache import Cache
 from declip_jax.evals.results import Results
+from declip_jax.interop.pretrained import FORMATS, resized
+from declip_jax.methods.base import encoders
 from declip_jax.metrics import duration, table
+from declip_jax.parallel.mesh import make_mesh, replicated
 from declip_jax.state import TrainState
 from declip_jax.train import Setup
+
+IMPORTED = "imported.json"
 
 
 class Trained(NamedTuple):
@@ -42,7 +51,8 @@ class Trained(NamedTuple):
       step: of the checkpoint.
       digest: of its arrays.
       record: of the checkpoint: samples seen, the configuration of the training, …
-      setup, state: what the checkpoint was restored into.
+      setup, state: what the checkpoint was restored into. Of another program's weights there is no
+        setup, and the state has their variables alone.
     """
 
     config: ConfigDict
@@ -50,7 +60,7 @@ class Trained(NamedTuple):
     step: int
     digest: str
     record: dict[str, Any]
-    setup: Setup
+    setup: Setup | None
     state: TrainState
 
 
@@ -68,21 +78,7 @@ def load(workdir: Path, step: str = "newest", preprocess: str | None = None) -> 
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(f"{workdir} holds no checkpoints: train there first.")
     checkpoints = Checkpoints(workdir, read_only=True)
-    steps = checkpoints.steps()
-    if not steps:
-        raise ValueError(f"{workdir} holds no complete checkpoint yet.")
-    if step == "newest":
-        chosen = steps[-1]
-    elif step == "best":
-        metric = checkpoints.record(steps[-1])["config"]["checkpoint"]["best_metric"]
-        chosen = checkpoints.best(metric)
-    else:
-        chosen = int(step) if step.isdecimal() else None
-    if chosen not in steps:
-        raise ValueError(
-            f"--step={step} is not a checkpoint of {workdir}: expected one of {steps}, 'newest', "
-            "or 'best' if the run had a config.checkpoint.best_metric."
-        )
+    chosen = checkpoints.find(step)
     record = checkpoints.record(chosen)
     config = ConfigDict(record["config"])
     # This machine's devices, not those of the training: as many as share its work evenly.
@@ -94,22 +90,101 @@ def load(workdir: Path, step: str = "newest", preprocess: str | None = None) -> 
         raise ValueError(
             f"{workdir} is of a version without config.eval.preprocess: say which --preprocess."
         )
-    shares = math.gcd(config.eval.batch_size, config.loss.support_set.size)
-    count = max(n for n in range(1, jax.device_count() + 1) if shares % n == 0)
-    if count < jax.device_count():
-        print(
-            f"Using {count} of {jax.device_count()} devices: more do not divide "
-            f"config.eval.batch_size={config.eval.batch_size} and "
-            f"config.loss.support_set.size={config.loss.support_set.size}.",
-            file=sys.stderr,
-        )
-    setup = Setup(config, jax.devices()[:count])
+    sizes = {n: config[n] for n in ("eval.batch_size", "loss.support_set.size")}
+    setup = Setup(config, _devices(sizes))
     state = checkpoints.restore(chosen, setup.abstract_state)
     checkpoints.close()
     encoder = Encoder(setup.method, config, setup.mesh).use(state.eval_params, state.extra)
     fingerprint = json.dumps(record["fingerprint"], sort_keys=True).encode()
     digest = hashlib.blake2b(fingerprint, digest_size=16).hexdigest()
     return Trained(config, encoder, chosen, digest, record, setup, state)
+
+
+def _devices(sizes: dict[str, int]) -> list[jax.Device]:
+    """As many devices as share the work evenly.
+
+    Args:
+      sizes: that their number must divide, by the field of the config.
+    """
+    shares = math.gcd(*sizes.values())
+    count = max(n for n in range(1, jax.device_count() + 1) if shares % n == 0)
+    if count < jax.device_count():
+        print(
+            f"Using {count} of {jax.device_count()} devices: more do not divide "
+            + " and ".join(f"config.{name}={size}" for name, size in sizes.items())
+            + ".",
+            file=sys.stderr,
+        )
+    return jax.devices()[:count]
+
+
+class Imported(NamedTuple):
+    """What to evaluate of another program, as `WORKDIR/imported.json` keeps it for the report.
+
+    Attributes:
+      path: of the weights, or of a folder with them.
+      format: one of `interop.pretrained.FORMATS`; "": told by the names.
+      image_size, context: to fit the positions to; 0: the model's.
+      preprocess: in place of what goes with the weights.
+    """
+
+    path: str
+    format: str = ""
+    image_size: int = 0
+    context: int = 0
+    preprocess: str = ""
+
+    @classmethod
+    def of(cls, workdir: Path) -> "Imported":
+        """What was evaluated last in a workdir."""
+        return cls(**json.loads((workdir / IMPORTED).read_text(encoding="utf-8")))
+
+    def keep(self, workdir: Path) -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self._asdict(), indent=1) + "\n"
+        (workdir / IMPORTED).write_text(text, encoding="utf-8")
+
+
+def load_imported(imported: Imported) -> Trained:
+    """Loads weights of another program.
+
+    Raises:
+      ValueError: what `initial.read` refuses, or a model whose activation function is not known.
+    """
+    model = initial.complete(initial.read(imported.path, imported.format))
+    print(f"{model.describe()}.", file=sys.stderr)
+    resolution = imported.image_size or model.model["image"]["resolution"]
+    context = imported.context or model.model["text"]["context"]
+    model, notes = resized(model, resolution, context)
+    protocol = imported.preprocess or initial.protocol(model)
+    notes.append(f"preprocessing: {protocol!r}")
+    for note in notes:
+        print(f"  {note}", file=sys.stderr)
+    how = dict(dtype="float32", scan=True, remat="none", attention="xla", heads={})
+    config = ConfigDict(
+        dict(
+            method=model.method,
+            model={**model.model, **how},
+            image_mean=model.mean,
+            image_std=model.std,
+            data=dict(source="", mixture=()),
+            loss=dict(weights={}),
+            eval=dict(
+                batch_size=256,
+                preprocess=protocol,
+                data_dir="data",
+                zeroshot=dict(source="", split="test", templates=("a photo of a {}.",)),
+                retrieval=dict(source="", split="test", prefix=""),
+            ),
+        )
+    )
+    mesh = make_mesh(-1, 1, _devices({"eval.batch_size": config.eval.batch_size}))
+    extra = jax.device_put(dict(model.variables), replicated(mesh))
+    params = extra.pop("params")
+    encoder = Encoder(encoders(config), config, mesh).use(params, extra)
+    state = TrainState(step=0, params=params, opt_state=None, extra=extra, ema=None, rng=None)
+    record = {"samples": 0, "config": json.loads(to_json(config))}
+    return Trained(config, encoder, 0, model.digest(), record, None, state)
 
 
 def evaluate(
@@ -200,7 +275,18 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of a training run")
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        help="folder of a training run; with --init: where "
+        "scores go (default: runs/ and the name of the weights)",
+    )
+    parser.add_argument("--init", help="weights of another program: a file, or a folder with one")
+    parser.add_argument(
+        "--init-format", choices=FORMATS, help="init: whose, where the names do not tell"
+    )
+    parser.add_argument("--image-size", type=int, help="init: pixels, to fit the positions to")
+    parser.add_argument("--context", type=int, help="init: tokens, to fit the positions to")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", help=f"{', '.join(suites.SUITES)}, or a .py file")
     what.add_argument("--task", choices=tuple(suite.TASKS), help="of one set alone")
@@ -235,9 +321,32 @@ def main() -> None:
         parser.error("--classes and --template are for --task zeroshot")
     if args.task != "retrieval" and args.prefix is not None:
         parser.error("--prefix is for --task retrieval")
+    if not (args.workdir or args.init):
+        parser.error("--workdir or --init is needed")
+    of_init = ("init_format", "image_size", "context")
+    if not args.init and (given := [n for n in of_init if getattr(args, n) is not None]):
+        parser.error(f"--{given[0].replace('_', '-')} is for --init")
+    if args.init and args.step != "newest":
+        parser.error("--step is for a run's --workdir")
     logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read
     try:
-        trained = load(args.workdir, args.step, args.preprocess)
+        if args.init:
+            args.workdir = args.workdir or Path("runs") / initial.name_of(Path(args.init))
+            imported = Imported(
+                str(Path(args.init).absolute()),
+                args.init_format or "",
+                args.image_size or 0,
+                args.context or 0,
+                args.preprocess or "",
+            )
+            if (args.workdir / "checkpoints").is_dir():
+                raise ValueError(
+                    f"--workdir={args.workdir} is a run's: give --init one of its own."
+                )
+            trained = load_imported(imported)
+            imported.keep(args.workdir)
+        else:
+            trained = load(args.workdir, args.step, args.preprocess)
         if args.data_dir:
             trained.config.eval.data_dir = args.data_dir
         if args.suite:
@@ -247,7 +356,7 @@ def main() -> None:
         results, failed = evaluate(trained, args.workdir, entries, again=args.again)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    where = f"{args.workdir} at step {trained.step}"
+    where = args.init or f"{args.workdir} at step {trained.step}"
     if args.task and results:
         (result,) = results
         described = {name: result[name] for name in ("task", "set")} | result["settings"]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from declip_jax import augment, methods, optim
+from declip_jax import augment, initial, methods, optim
 from declip_jax.checkpoint import CheckpointError, Checkpoints, config_differences, to_json
 from declip_jax.data.pipeline import TrainBatches, digest, train_batches
 from declip_jax.data.sources import Source, open_data
@@ -188,11 +188,18 @@ def train(config, workdir: Path) -> TrainState:
 
     data = digest(source)
 
+    def first_state() -> TrainState:
+        state = setup.init_state()
+        return initial.start(config, state, progress.say) if config.init_from else state
+
+    # A new run: a model to start from that does not fit is refused before anything is written too.
+    first = None if (workdir / "checkpoints").is_dir() else first_state()
+
     prepare_workdir(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, best_metric)
     latest = checkpoints.latest()
     if latest is None:
-        state, samples = setup.init_state(), 0
+        state, samples = first or first_state(), 0
     else:
         record = checkpoints.record(latest)
         check_same_model(record["config"], config, workdir, progress)

@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
+from declip_jax import initial
 from declip_jax.data.sources import open_source
 from declip_jax.parallel.mesh import shard_batch
 from declip_jax.train import Setup, train
@@ -277,6 +278,9 @@ def test_every_field_is_read_by_some_method(tmp_path):
         setup = Setup(config, jax.devices()[:1])
         # Settings are read while the step is traced.
         setup.jit_train_step().trace(setup.abstract_state, first_batch(setup, config))
+    config = recorded("clip", {"clip": 1.0}, seen)
+    config._config.unlock().init_from = str(tmp_path)  # as a run that goes on from the first
+    initial.start(config, Setup(config, jax.devices()[:1]).init_state(), print)
     assert set(leaves(common.get_config())) - seen == set()
     # The recorder does tell what is not read.
     unread = set()

@@ -16,13 +16,15 @@ ALLOWED = {
     "data": set(),
     "support_set": set(),
     "methods": {"losses", "models", "support_set"},
-    "interop": {"models"},
+    "interop": {"data", "models"},
     "evals": {"data"},
     "parallel": set(),
     "optim": {"parallel"},
     "augment": set(),
     "metrics": set(),
 }
+# Reading PyTorch's files and comparing with its programs need it: there, in functions alone.
+USE_TORCH = {"interop/reading.py", "interop/verify.py"}
 STACK = {"jax", "flax", "optax", "numpy"}  # all that losses, models, support_set and state need
 
 
@@ -31,7 +33,20 @@ def part_of(path: Path) -> str:
 
 
 def imports(path: Path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    yield from imports_of(ast.walk(ast.parse(path.read_text(encoding="utf-8"))), path)
+
+
+def imports_at_start(path: Path):
+    """Those that importing the module runs."""
+    todo = [ast.parse(path.read_text(encoding="utf-8"))]
+    for node in todo:
+        if not isinstance(node, ast.FunctionDef | ast.Lambda):
+            todo += ast.iter_child_nodes(node)
+    yield from imports_of(todo, path)
+
+
+def imports_of(nodes, path: Path):
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -48,11 +63,17 @@ def test_import_rules(path):
     part = part_of(path)
     for name in imports(path):
         top, *rest = name.split(".")
-        assert top not in ("configs", "tests", "tensorflow", "torch"), name
+        assert top not in ("configs", "tests", "tensorflow"), name
+        assert top != "torch" or str(path.relative_to(PACKAGE)) in USE_TORCH, name
         if top == "declip_jax" and rest and part in ALLOWED:
             assert rest[0] in ALLOWED[part] | {part}, f"{part} must not use {name}"
         if part in ("losses", "models", "support_set", "state"):
             assert top in STACK | {"declip_jax"} or top in __import__("sys").stdlib_module_names
+
+
+@pytest.mark.parametrize("name", sorted(USE_TORCH))
+def test_torch_is_imported_where_it_is_needed_alone(name):
+    assert "torch" in imports(PACKAGE / name) and "torch" not in imports_at_start(PACKAGE / name)
 
 
 def test_no_method_imports_another():

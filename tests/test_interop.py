@@ -1,16 +1,31 @@
+"""Other programs' models as ours and back, without those programs; test_peers.py has them."""
+
+import json
+
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from configs import common
-from declip_jax import methods
-from declip_jax.interop import declip, openai
+from declip_jax import export, initial, methods
+from declip_jax.interop import (
+    declip,
+    huggingface,
+    open_clip,
+    pretrained,
+    reading,
+    tables,
+    verify,
+    writing,
+)
 from declip_jax.parallel.mesh import make_mesh
 
 IMAGES = {
     "vit": dict(kind="vit", resolution=16, patch=8, width=32, layers=3, heads=2),
     "resnet": dict(
-        kind="resnet", resolution=32, width=8, layers=(1, 1, 2, 1), heads=4, bn_group_size=0
+        kind="resnet", resolution=64, width=8, layers=(1, 1, 2, 1), heads=4, bn_group_size=0
     ),
 }
 TERMS = {
@@ -21,27 +36,64 @@ TERMS = {
     "defilip": ("clip", "simsiam", "mlm", "nn_text", "filip"),
     "alip": ("raw", "synthetic"),
 }
+# What the file does not tell of a model of this kind.
+UNKNOWN = ("image.heads", "text.heads", "activation")
 
 
-def variables_of(method, kind="vit"):
-    """Every value distinct, batch statistics too."""
+def config_of(method, kind="vit", proj_bias=True):
     config = common.get_config("tiny").unlock()
     config.method = method
     config.loss.weights = dict.fromkeys(TERMS[method], 1.0)
     config.model.embed_dim = 16
     config.model.image = IMAGES[kind]
     config.model.text.update(vocab_size=20, eot_id=18, context=8, width=24, heads=3)
-    config.model.text.proj_bias = method != "alip"
+    config.model.text.proj_bias = proj_bias
+    return config
+
+
+def variables_of(config, seed=0):
+    """Every value distinct, batch statistics too."""
     init = methods.build(config, make_mesh(1, 1, jax.devices()[:1])).init
     params, extra = jax.eval_shape(init, jax.random.key(0))
     like = {"params": params, **{name: extra[name] for name in extra if name == "batch_stats"}}
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), like)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), like)
 
 
-@pytest.fixture(scope="module", params=["vit", "resnet"])
-def variables(request):
-    return variables_of("clip", request.param)
+def model_of(config, variables=None) -> pretrained.Pretrained:
+    """As `initial.read_run` gives it."""
+    sizes = config.model.to_dict()
+    sizes = {name: sizes[name] for name in ("embed_dim", "activation", "image", "text")}
+    variables = variables or variables_of(config)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    return pretrained.Pretrained(
+        "a run", "declip_jax", config.method, None, variables, sizes, (), mean, std, 18
+    )
+
+
+# Every layout, with a model that it can hold.
+LAYOUTS = {
+    **{
+        f"declip-{method}-{kind}": ("declip", method, kind, True)
+        for method in declip.METHODS
+        for kind in IMAGES
+    },
+    **{
+        f"{format}-{kind}": (format, "alip", kind, False)
+        for format in ("openai", "alip", "open_clip")
+        for kind in IMAGES
+    },
+    "open_clip-bias": ("open_clip", "clip", "vit", True),
+    "huggingface": ("huggingface", "clip", "vit", False),
+}
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
+def layout(request):
+    """(format, method, variables, layout)"""
+    format, method, kind, proj_bias = request.param
+    variables = variables_of(config_of(method, kind, proj_bias))
+    return format, method, variables, pretrained.layout_of(format, kind, method, proj_bias)
 
 
 def assert_same(one, other):
@@ -49,32 +101,46 @@ def assert_same(one, other):
     assert jax.tree.map(lambda x: x.dtype, one) == jax.tree.map(lambda x: x.dtype, other)
 
 
-@pytest.mark.parametrize("kind", IMAGES)
-@pytest.mark.parametrize("method", TERMS)
-def test_round_trips_are_exact(method, kind):
-    variables = variables_of(method, kind)
-    layout = (openai,) if method == "alip" else (declip, method)
-    module, arguments = layout[0], layout[1:]
-    state_dict = module.dump(variables, *arguments)
+def state_dict_of(method="declip", kind="vit", format="declip"):
+    variables = variables_of(config_of(method, kind, proj_bias=format == "declip"))
+    return tables.dump(pretrained.layout_of(format, kind, method), variables)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def test_round_trips_are_exact(layout):
+    _, _, variables, table = layout
+    state_dict = tables.dump(table, variables)
     assert sum(x.size for x in state_dict.values()) == sum(
         x.size for x in jax.tree.leaves(variables)
     )
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
-    loaded = module.load(state_dict, like, *arguments)
+    loaded = tables.load(table, state_dict)
     assert_same(loaded, variables)
-    assert_same(module.dump(loaded, *arguments), state_dict)
+    tables.check(table, loaded, variables)
+    assert_same(tables.dump(table, loaded), state_dict)
     assert all(x.flags.c_contiguous for x in state_dict.values())
 
 
-def test_names_and_layouts(variables):
-    state_dict = declip.dump(variables)
+def test_what_is_printed_is_what_is_done(layout):
+    _, _, variables, table = layout
+    printed = {theirs: ours for ours, theirs, _ in tables.table(table, variables)}
+    names = [name for theirs in printed for name in theirs.split(" + ")]
+    assert sorted(names) == sorted(tables.dump(table, variables))
+    assert "logit_scale" in printed and printed["logit_scale"] == "params/logit_scale"
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_names_and_transforms_of_declip(kind):
+    variables = variables_of(config_of("clip", kind))
+    state_dict = tables.dump(declip.layout(kind, "clip"), variables)
     image, text = variables["params"]["image"], variables["params"]["text"]
     assert state_dict["logit_scale"].shape == (1,)
     np.testing.assert_array_equal(
         state_dict["encode_text.transformer.resblocks.1.mlp.c_fc.weight"],
         text["blocks"]["mlp"]["c_fc"]["kernel"][1].T,
     )
-    if "patch_embed" in image:
+    if kind == "vit":
         np.testing.assert_array_equal(
             state_dict["visual.conv1.weight"][5, 2], image["patch_embed"]["kernel"][:, :, 2, 5]
         )
@@ -85,20 +151,28 @@ def test_names_and_layouts(variables):
         )
 
 
-def test_vocabulary_and_token_ids_move_together(variables):
+def test_vocabulary_and_token_ids_move_together():
     # theirs: mask 17, start 18, end 19; ours: start 17, end 18, mask 19
     tokens = np.array([[18, 3, 17, 19, 0]])
     ours = declip.tokens_from_theirs(tokens, 20)
     assert ours.dtype == np.int32
     np.testing.assert_array_equal(ours, [[17, 3, 19, 18, 0]])
-    table = variables["params"]["text"]["token_embedding"]["embedding"]
-    theirs = declip.dump(variables)["encode_text.token_embedding.weight"]
+    params = variables_of(config_of("declip"))["params"]
+    state_dict = state_dict_of("declip")
+    table = params["text"]["token_embedding"]["embedding"]
+    theirs = state_dict["encode_text.token_embedding.weight"]
     np.testing.assert_array_equal(table[ours], theirs[tokens])
+    # the words' logits lie in the order of the vocabulary
+    weight, theirs = state_dict["text_label_predictor.weight"], np.arange(20)
+    ours = declip.tokens_from_theirs(theirs, 20)
+    np.testing.assert_array_equal(weight[theirs], params["mlm_head"]["kernel"].T[ours])
+    bias = state_dict["text_label_predictor.bias"]
+    np.testing.assert_array_equal(bias[theirs], params["mlm_head"]["bias"][ours])
 
 
 def test_names_of_the_heads():
-    variables = variables_of("defilip")
-    params, state_dict = variables["params"], declip.dump(variables, "defilip")
+    variables = variables_of(config_of("defilip"))
+    params, state_dict = variables["params"], state_dict_of("defilip")
     for name, ours in {
         "projector.linear3.weight": params["projector"]["linear3"]["kernel"].T,
         "projector.bn3.running_mean": variables["batch_stats"]["projector"]["bn3"]["mean"],
@@ -108,84 +182,465 @@ def test_names_of_the_heads():
         "logit_scale_dense": params["logit_scale_dense"],
     }.items():
         np.testing.assert_array_equal(state_dict[name], ours)
-    # the words' logits lie in the order of the vocabulary
-    head, theirs = params["mlm_head"], np.arange(20)
-    ours = declip.tokens_from_theirs(theirs, 20)
-    weight = state_dict["text_label_predictor.weight"]
-    np.testing.assert_array_equal(weight[theirs], head["kernel"].T[ours])
-    np.testing.assert_array_equal(state_dict["text_label_predictor.bias"], head["bias"][ours])
 
 
-def test_slip_has_names_of_its_own():
-    variables = variables_of("slip")
-    state_dict = declip.dump(variables, "slip")
-    simclr = variables["params"]["simclr"]
-    np.testing.assert_array_equal(
-        state_dict["predictor_sim.linear2.weight"], simclr["linear2"]["kernel"].T
-    )
-    assert "text_encoder.ln_final.weight" in state_dict
-    unused = {
-        "predictor_sim.bn3.weight": np.zeros(16),
-        "predictor_sim.bn3.running_var": np.ones(16),
-    }
-    assert_same(declip.load(state_dict | unused, variables, "slip"), variables)
-    with pytest.raises(ValueError, match="unexpected: predictor_sim.bn3"):
-        declip.load(declip.dump(variables) | unused, variables)
+def test_huggingface_has_queries_keys_and_values_apart():
+    params = variables_of(config_of("clip", proj_bias=False))["params"]
+    state_dict = tables.dump(huggingface.LAYOUT, {"params": params})
+    layer = "text_model.encoder.layers.1.self_attn"
+    attention = params["text"]["blocks"]["attn"]["in_proj"]
+    for number, name in enumerate("qkv"):
+        part = slice(24 * number, 24 * (number + 1))
+        kernel, bias = attention["kernel"][1][:, part], attention["bias"][1][part]
+        np.testing.assert_array_equal(state_dict[f"{layer}.{name}_proj.weight"], kernel.T)
+        np.testing.assert_array_equal(state_dict[f"{layer}.{name}_proj.bias"], bias)
 
 
-def test_openai_keeps_the_vocabulary_and_the_projections_as_they_are():
-    params = variables_of("alip")["params"]
-    state_dict = openai.dump({"params": params})
-    assert state_dict["logit_scale"].shape == ()
-    for name, ours in {
-        "token_embedding.weight": params["text"]["token_embedding"]["embedding"],
-        "text_projection": params["text"]["proj"]["kernel"],
-        "visual.proj": params["image"]["proj"]["kernel"],
-        "transformer.resblocks.1.attn.in_proj_weight": params["text"]["blocks"]["attn"]["in_proj"][
-            "kernel"
-        ][1].T,
-    }.items():
-        np.testing.assert_array_equal(state_dict[name], ours)
+def test_variables_without_a_name_are_refused():
+    with pytest.raises(ValueError, match="no name for: params/head/kernel"):
+        tables.dump(huggingface.LAYOUT, {"params": {"head": {"kernel": np.zeros(3)}}})
 
 
-def test_names_without_a_counterpart_are_ignored(variables):
-    state_dict = declip.dump(variables)
+def test_names_without_a_counterpart_are_ignored():
+    state_dict, head = state_dict_of("slip", "resnet"), "predictor_sim.bn3.running_var"
     extended = state_dict | {
         "visual.bn1.num_batches_tracked": np.array(3),
         "visual.fc.weight": np.zeros((16, 2048), np.float32),
-        "visual.fc.bias": np.zeros(16, np.float32),
+        head: np.ones(16, np.float32),
     }
-    assert_same(declip.load(extended, variables), variables)
+    table = declip.layout("resnet", "slip")
+    assert_same(tables.load(table, extended), tables.load(table, state_dict))
 
 
-def test_everything_that_does_not_fit_is_listed_at_once(variables):
-    state_dict = declip.dump(variables)
+# --- what a file holds ----------------------------------------------------------------------------
+
+
+def test_a_file_tells_its_layout_and_its_model(layout):
+    format, method, variables, table = layout
+    arrays = tables.dump(table, variables)
+    if format == "openai":
+        arrays |= {name: np.array(3) for name in pretrained.openai.SIZES}
+    same = format in ("alip", "open_clip") and "text_projection" in arrays
+    read = pretrained.of_arrays(arrays)
+    assert read.format == ("" if same else format)
+    assert read.method == (method if format == "declip" else "clip")
+    if same:
+        assert pretrained.of_arrays(arrays, format=format).format == format
+        assert pretrained.of_arrays(arrays, format="alip").method == "alip"
+    assert_same(read.variables, variables)
+    kind = "resnet" if "conv3" in variables["params"]["image"] else "vit"
+    expected = config_of(method, kind, "bias" in variables["params"]["text"]["proj"]).model
+    # Heads are no shape: a head for each 64 channels is assumed, and told.
+    assert read.model["image"] | {"heads": expected.image.heads} == expected.image.to_dict()
+    assert read.model["text"] | {"heads": 3, "eot_id": 18} == expected.text.to_dict()
+    assert read.model["embed_dim"] == 16
+    known = {"declip": "quick_gelu", "openai": "quick_gelu"}.get(format)
+    assert read.model["activation"] == known
+    assert read.unknown == tuple(n for n in UNKNOWN if not (known and n == "activation"))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_left_out(prefix):
+    state_dict = state_dict_of()
+    wrapped = {prefix + name: array for name, array in state_dict.items()}
+    assert reading.strip_prefixes(wrapped).keys() == state_dict.keys()
+    some = dict(list(wrapped.items())[:3]) | {"other": 1}
+    assert reading.strip_prefixes(some) == some
+
+
+def test_the_text_tower_may_lie_deeper():
+    table = pretrained.layout_of("open_clip", "vit")
+    variables = variables_of(config_of("clip", proj_bias=False))
+    state_dict = tables.dump(table, variables)
+    text = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
+    deeper = {("text." if n.startswith(text) else "") + n: x for n, x in state_dict.items()}
+    assert deeper.keys() != state_dict.keys()
+    assert_same(pretrained.of_arrays(deeper).variables, variables)
+
+
+@pytest.mark.parametrize("embed_dim, kind", [(3072, "vit"), (1024, "resnet")])
+def test_embeddings_of_the_88m_models(embed_dim, kind):
+    config = config_of("declip", kind)
+    config.model.embed_dim = embed_dim
+    variables = variables_of(config)
+    read = pretrained.of_arrays(tables.dump(declip.layout(kind, "declip"), variables))
+    assert (read.model["embed_dim"], read.method) == (embed_dim, "declip")
+    taken, notes = pretrained.fit(read, variables_of(config, seed=1), config.model)
+    assert_same(taken, variables)
+    assert not [note for note in notes if "anew" in note or "left" in note]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_precisions_load_as_float32(dtype):
+    state_dict = {name: value.astype(dtype) for name, value in state_dict_of().items()}
+    variables = pretrained.of_arrays(state_dict).variables
+    expected = variables_of(config_of("declip"))
+    assert_same(variables, jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), expected))
+
+
+def test_everything_that_does_not_fit_is_listed_at_once():
+    state_dict = state_dict_of()
     del state_dict["encode_text.transformer.resblocks.1.ln_2.bias"]
-    del state_dict["encode_text.ln_final.bias"]
-    state_dict["projector.linear1.weight"] = np.zeros((2, 2), np.float32)
-    state_dict["encode_text.text_projection.weight"] = np.zeros((24, 16), np.float32)
-    state_dict["logit_scale"] = np.zeros((), np.float32)
+    del state_dict["encode_text.transformer.resblocks.0.attn.in_proj_weight"]
+    state_dict["nn_replacer.bank"] = np.zeros((2, 2), np.float32)
+    state_dict["encode_text.ln_final.bias"] = np.zeros(24, np.int8)
+    state_dict["logit_scale"] = np.zeros((2, 3), np.float32)
     with pytest.raises(ValueError) as error:
-        declip.load(state_dict, variables)
+        pretrained.of_arrays(state_dict)
     for part in (
-        "missing: ",
-        "encode_text.transformer.resblocks.1.ln_2.bias",
-        "encode_text.ln_final.bias",
-        "unexpected: projector.linear1.weight\n",
-        "encode_text.text_projection.weight has shape (24, 16), expected (16, 24)",
-        "logit_scale has shape (), expected (1,)",
+        "missing: encode_text.transformer.resblocks.0.attn.in_proj_weight, "
+        "encode_text.transformer.resblocks.1.ln_2.bias\n",
+        "unexpected: nn_replacer.bank\n",
+        "encode_text.ln_final.bias has type int8, expected floating point",
+        "logit_scale has shape (2, 3), which does not fit",
     ):
         assert part in str(error.value)
 
 
-def test_variables_without_a_name_are_refused(variables):
-    params = variables["params"] | {"head": {"kernel": np.zeros(3)}}
-    with pytest.raises(ValueError, match="no name for: params/head/kernel"):
-        declip.dump({"params": params})
+@pytest.mark.parametrize("name, shape", [("ln_final.weight", (7,)), ("ln_final.bias", None)])
+def test_towers_must_be_whole(name, shape):
+    state_dict = state_dict_of()
+    if shape:
+        state_dict[f"encode_text.{name}"] = np.zeros(shape, np.float32)
+        message = r"encode_text.ln_final.weight has shape \(7,\), expected \(24,\)"
+    else:
+        del state_dict[f"encode_text.{name}"]
+        message = f"missing: encode_text.{name}"
+    with pytest.raises(ValueError, match=message):
+        pretrained.of_arrays(state_dict)
 
 
-def test_half_precision_files_load_as_the_model_holds_them(variables):
-    half = {name: value.astype(np.float16) for name, value in declip.dump(variables).items()}
-    loaded = declip.load(half, variables)
-    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype("float32")}
-    assert_same(loaded, jax.tree.map(lambda x: x.astype(np.float16).astype(x.dtype), variables))
+def test_other_models_are_refused():
+    bert = {"embeddings.word_embeddings.weight": np.zeros((3, 4), np.float32)}
+    with pytest.raises(ValueError, match="no CLIP model of a known layout .*embeddings.word_embe"):
+        pretrained.of_arrays(bert)
+    siglip = state_dict_of("alip", format="alip") | {"logit_bias": np.zeros((), np.float32)}
+    with pytest.raises(ValueError, match="unexpected: logit_bias"):
+        pretrained.of_arrays(siglip)
+    with pytest.raises(ValueError, match="names are those of declip, not of 'huggingface'"):
+        pretrained.of_arrays(state_dict_of(), format="huggingface")
+    no_patches = {n: x for n, x in state_dict_of().items() if n != "visual.conv1.weight"}
+    with pytest.raises(ValueError, match="image/patch_embed/kernel here is missing"):
+        pretrained.of_arrays(no_patches)
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_configurations_beside_the_weights_are_heeded(kind):
+    config = config_of("clip", kind, proj_bias=False)
+    for activation in ("gelu", "quick_gelu"):
+        config.model.activation = activation
+        sizes = model_of(config).model
+        if kind == "vit":
+            found = huggingface.from_config(huggingface.to_config(sizes, 17))
+            assert found["activation"] == activation and found["text"]["eot_id"] == 18
+            assert (found["image"]["heads"], found["text"]["heads"]) == (2, 3)
+        file = json.loads(json.dumps(open_clip.to_config(sizes, (0, 0, 0), (1, 1, 1))))
+        found = open_clip.from_config(file)
+        assert found["activation"] == activation
+        heads = IMAGES[kind]["heads"]
+        assert (found["image"]["heads"], found["text"]["heads"]) == (heads, 3)
+
+
+@pytest.mark.parametrize(
+    "section, field, value",
+    [
+        ("vision_cfg", "timm_model_name", "vit_base"),
+        ("vision_cfg", "no_ln_pre", True),
+        ("text_cfg", "pool_type", "last"),
+        ("text_cfg", "hf_model_name", "roberta"),
+        ("text_cfg", "from_the_future", 1),
+    ],
+)
+def test_architectures_of_open_clip_that_are_not_ours_are_refused(section, field, value):
+    config = open_clip.to_config(model_of(config_of("clip")).model, (0, 0, 0), (1, 1, 1))
+    config["model_cfg"][section][field] = value
+    with pytest.raises(ValueError, match=f"{section}.{field}={value!r}"):
+        open_clip.from_config(config)
+
+
+def test_architectures_of_huggingface_that_are_not_ours_are_refused():
+    def refused(message, **changes):
+        config = huggingface.to_config(model_of(config_of("clip")).model, 17)
+        for name, value in changes.items():
+            section, _, field = name.rpartition("__")
+            (config[section] if section else config)[field] = value
+        with pytest.raises(ValueError, match=message):
+            huggingface.from_config(config)
+
+    refused("model_type='siglip'", model_type="siglip")
+    refused("text_config.layer_norm_eps must be 1e-5", text_config__layer_norm_eps=1e-6)
+    refused("'gelu' for images and 'quick_gelu' for texts", vision_config__hidden_act="gelu")
+    # An old file has 2 for the end token: the largest id is then meant.
+    config = huggingface.to_config(model_of(config_of("clip")).model, 17)
+    config["text_config"]["eos_token_id"] = 2
+    assert "eot_id" not in huggingface.from_config(config)["text"]
+
+
+# --- into a run -----------------------------------------------------------------------------------
+
+
+def test_heads_are_taken_whole_or_not_at_all():
+    fresh = variables_of(config_of("defilip"), seed=1)
+    read = pretrained.of_arrays(state_dict_of("declip"))
+    taken, notes = pretrained.fit(read, fresh, config_of("defilip").model)
+    params, old = taken["params"], variables_of(config_of("declip"))
+    for name in params:
+        mapping = name in ("image_mapping", "text_mapping", "logit_scale_dense")
+        assert_same(params[name], (fresh if mapping else old)["params"][name])
+    assert_same(taken["batch_stats"], old["batch_stats"])
+    assert "not in it, start anew: image_mapping, logit_scale_dense, text_mapping" in notes
+    _, notes = pretrained.fit(
+        read, variables_of(config_of("clip"), seed=1), config_of("clip").model
+    )
+    assert "left out: mlm_head, predictor, projector" in notes
+
+    part = {n: x for n, x in state_dict_of("declip").items() if n != "projector.bn2.bias"}
+    part["predictor.layer2.weight"] = np.zeros((7, 16), np.float32)
+    with pytest.raises(ValueError) as error:
+        pretrained.fit(pretrained.of_arrays(part), fresh, config_of("defilip").model)
+    assert "missing: projector.bn2.bias" in str(error.value)
+    assert "predictor.layer2.weight has shape (7, 16), expected (32, 16)" in str(error.value)
+
+
+def test_another_architecture_is_told_by_field():
+    read = pretrained.of_arrays(state_dict_of())
+    config = config_of("declip")
+    config.model.image.update(layers=2, width=64, resolution=24)
+    config.model.text.proj_bias = False
+    with pytest.raises(ValueError) as error:
+        pretrained.fit(read, variables_of(config), config.model)
+    for line in (
+        "model.image.layers: 3 in it, 2 in the configuration: set config.model.image.layers=3",
+        "model.image.width: 32 in it, 64 in the configuration",
+        "model.text.proj_bias: True in it, False in the configuration",
+        "set config.model.image.resolution=16, or config.init_resize=True",
+    ):
+        assert line in str(error.value)
+
+
+def test_a_missing_row_of_tokens_is_new():
+    config = config_of("clip", proj_bias=False)
+    variables = variables_of(config)
+    state_dict = tables.dump(pretrained.layout_of("openai", "vit"), variables)
+    state_dict["token_embedding.weight"] = state_dict["token_embedding.weight"][:-1]
+    fresh = variables_of(config, seed=1)
+    read = pretrained.of_arrays(state_dict)
+    assert (read.model["text"]["vocab_size"], read.model["text"]["eot_id"]) == (19, 18)
+    taken, notes = pretrained.fit(read, fresh, config.model)
+    table = taken["params"]["text"]["token_embedding"]["embedding"]
+    np.testing.assert_array_equal(table[:-1], state_dict["token_embedding.weight"])
+    expected = fresh["params"]["text"]["token_embedding"]["embedding"][-1]
+    np.testing.assert_array_equal(table[-1], expected)
+    assert any("tokens 19 … 19 are not in it" in note for note in notes)
+    assert any("taken from the configuration: image.heads=2" in note for note in notes)
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_positions_are_resized_on_request(kind):
+    config = config_of("clip", kind)
+    state_dict = state_dict_of("clip", kind)
+    # A map that is linear in the place stays so, off the edges.
+    name = (
+        "visual.positional_embedding" if kind == "vit" else "visual.attnpool.positional_embedding"
+    )
+    width = state_dict[name].shape[1]
+    plane = np.add.outer(10.0 * np.arange(2), np.arange(2.0)).reshape(4, 1) * np.ones(width)
+    first = np.full((1, width), 7.0)
+    state_dict[name] = np.concatenate([first, plane]).astype(np.float32)
+    step = 8 if kind == "vit" else 32
+    config.model.image.resolution = 4 * step
+    config.model.text.context = 6
+    read = pretrained.of_arrays(state_dict)
+    taken, notes = pretrained.fit(read, variables_of(config), config.model, resize=True)
+    image = taken["params"]["image"]
+    positions = (image if kind == "vit" else image["attnpool"])["positional_embedding"]
+    assert positions.shape == (17, width)
+    np.testing.assert_array_equal(positions[0], first[0])
+    grid = positions[1:].reshape(4, 4, width)
+    np.testing.assert_allclose(grid.mean(axis=(0, 1)), 5.5, rtol=1e-5)
+    assert (np.diff(grid, axis=0) > 0).all() and (np.diff(grid, axis=1) > 0).all()
+    text = taken["params"]["text"]["positional_embedding"]
+    np.testing.assert_array_equal(text, state_dict["encode_text.positional_embedding"][:6])
+    assert [n for n in notes if "2×2 patches were interpolated to 4×4" in n]
+    assert [n for n in notes if "positions of 8 tokens were cut to 6" in n]
+
+    longer, notes = pretrained.resized(read, 2 * step, 15)
+    text = longer.variables["params"]["text"]["positional_embedding"]
+    before = state_dict["encode_text.positional_embedding"]
+    assert text.shape == (15, 24) and notes == ["positions of 8 tokens were interpolated to 15"]
+    np.testing.assert_allclose(text[7], (before[3] + before[4]) / 2, atol=1e-6)  # the middle
+    for size, context, message in ((2 * step + 1, 8, "no multiple"), (2 * step, 2, "at least 3")):
+        with pytest.raises(ValueError, match=message):
+            pretrained.resized(read, size, context)
+
+
+# --- into files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize("format", pretrained.FORMATS)
+def test_what_is_written_is_read_again_as_it_was(format, kind, tmp_path):
+    if (format, kind) == ("huggingface", "resnet"):
+        return
+    config = config_of("declip" if format == "declip" else "clip", kind, format == "declip")
+    config.model.activation = pretrained.ACTIVATIONS.get(format, "gelu")
+    config.model.image.width = 64
+    config.model.image.heads = 32 if kind == "resnet" else 1
+    config.model.text.update(width=64, heads=1)
+    model = model_of(config)
+    export.export(model, format, tmp_path / "out", {"step": 3})
+    read = initial.complete(initial.read(tmp_path / "out"))
+    assert_same(read.variables, model.variables)
+    assert read.model == model.model and read.unknown == ()
+    assert read.format == format
+    assert (read.mean, read.std, read.short_side) == (model.mean, model.std, 18)
+    # Without our notes, what the libraries' own files tell is the same.
+    (tmp_path / "out" / "declip_jax.json").unlink()
+    read = initial.read(tmp_path / "out", format if format == "alip" else "")
+    assert_same(read.variables, model.variables)
+    known = format in ("open_clip", "huggingface")
+    assert (read.unknown == ()) == known and read.format == format
+    if known:
+        assert (read.mean, read.std) == (model.mean, model.std)
+        # That the end token is not the last, only Transformers' file tells.
+        eot_id = 18 if format == "huggingface" else 19
+        text = {**model.model["text"], "eot_id": eot_id}
+        assert read.model == {**model.model, "text": text}
+
+
+@pytest.mark.parametrize("format", ["huggingface", "openai"])
+def test_a_bias_moves_into_the_layernorm_where_there_is_no_place_for_it(format):
+    config = config_of("clip")
+    config.model.embed_dim = 20
+    config.model.image.update(width=64, heads=1)
+    config.model.text.update(width=64, heads=1)
+    model = model_of(config)
+    adapted, notes = writing.adapt(model, format)
+    assert "ln_final.bias" in notes[0]
+    assert "bias" not in adapted.variables["params"]["text"]["proj"]
+    assert adapted.model["text"]["proj_bias"] is False and model.model["text"]["proj_bias"] is True
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(size=(2, 16, 16, 3)).astype(np.float32)
+    tokens = np.array([[17, 3, 18, 0], [17, 3, 4, 18]], np.int32)
+    one, other = (verify.ours(m, pixels, tokens) for m in (model, adapted))
+    np.testing.assert_allclose(one.text, other.text, atol=1e-5)
+    np.testing.assert_array_equal(one.image, other.image)
+    # A projection into more dimensions than there are does not reach every bias.
+    config.model.embed_dim = 128
+    with pytest.raises(ValueError, match="does not reach it. open_clip's format has one"):
+        writing.adapt(model_of(config), format)
+
+
+def test_what_a_format_would_compute_otherwise_is_refused():
+    def refused(format, config, *messages):
+        with pytest.raises(ValueError) as error:
+            writing.adapt(model_of(config), format)
+        for message in messages:
+            assert message in str(error.value)
+
+    config = config_of("clip", "resnet", proj_bias=False)
+    refused("huggingface", config, "there is no ResNet there")
+    refused("declip", config, "model.text.proj_bias=False")
+    config.model.activation = "gelu"
+    config.model.text.proj_bias = True
+    refused("declip", config, "model.activation='gelu', there it is 'quick_gelu'")
+    refused("openai", config, "model.activation='gelu'", "model.text.heads=3")
+    config.model.text.vocab_size = 30
+    config.model.activation = "quick_gelu"
+    refused("declip", config, "vocab_size=30")
+    refused("alip", config, "there it is 'gelu'")
+
+
+def test_only_declip_s_format_has_the_heads():
+    model = model_of(config_of("declip"))
+    adapted, notes = writing.adapt(model, "open_clip")
+    assert sorted(adapted.variables["params"]) == ["image", "logit_scale", "text"]
+    assert "batch_stats" not in adapted.variables  # those of the heads
+    assert "mlm_head, predictor, projector" in notes[0]
+    adapted, notes = writing.adapt(model, "declip")
+    assert_same(adapted.variables, model.variables)
+    assert notes == []
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
+    model = model_of(config_of("clip"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("five years")
+    (tmp_path / "file").write_text("x")
+    for name in ("full", "file"):
+        with pytest.raises(ValueError, match=f"{name} is not empty: nothing was written"):
+            export.export(model, "open_clip", tmp_path / name, {})
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "five years"
+    (tmp_path / "empty").mkdir()
+    export.export(model, "open_clip", tmp_path / "empty", {})
+    assert len(list((tmp_path / "empty").iterdir())) == 3
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(writing, "_write_json", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export.export(model, "open_clip", tmp_path / "half", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
+
+
+# --- bad files ------------------------------------------------------------------------------------
+
+
+def save(path, arrays):
+    safetensors.numpy.save_file(arrays, path)
+    return path
+
+
+def test_bad_files_are_refused_by_name(tmp_path):
+    good = save(tmp_path / "good.safetensors", state_dict_of())
+    assert reading.read(good).path == good
+
+    def refused(name, message, content=None):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message) as error:
+            initial.read(tmp_path / name)
+        assert name in str(error.value)
+
+    data = good.read_bytes()
+    refused("absent", "does not exist")
+    refused("cut.safetensors", "is damaged", data[: len(data) // 2])
+    refused("header.safetensors", "is damaged", data[:100])
+    refused("empty.safetensors", "no file of weights", b"")
+    refused("noise.bin", "no file of weights", bytes(range(256)))
+    refused("zip.pt", "is damaged", b"PK\x03\x04" + bytes(100))
+    none = save(tmp_path / "none.safetensors", {})
+    refused(none.name, "holds no arrays")
+    (tmp_path / "bare").mkdir()
+    refused("bare", "must hold one file of weights .*found none")
+    for name in ("a.safetensors", "b.pt"):
+        (tmp_path / "bare" / name).write_bytes(b"x")
+    refused("bare", r"found 2 \(a.safetensors, b.pt\): name one")
+    whole = {name: array.astype(np.int32) for name, array in state_dict_of().items()}
+    save(tmp_path / "int.safetensors", whole)
+    refused("int.safetensors", "logit_scale has type int32, expected floating point")
+
+
+def test_a_folder_s_known_file_is_taken_and_damaged_json_is_named(tmp_path):
+    save(tmp_path / "other.safetensors", {"x": np.zeros(1, np.float32)})
+    save(tmp_path / "model.safetensors", state_dict_of())
+    assert initial.read(tmp_path).method == "declip"
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is no JSON"):
+        initial.read(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object"):
+        initial.read(tmp_path)
+
+
+def test_an_unknown_activation_is_asked_for(tmp_path):
+    path = save(tmp_path / "w.safetensors", state_dict_of("alip", format="alip"))
+    with pytest.raises(ValueError, match="does not tell the activation function"):
+        initial.complete(initial.read(path))
+    assert initial.complete(initial.read(path, "alip")).model["activation"] == "gelu"
+    model = initial.complete(initial.read(path, "openai"))
+    assert model.model["activation"] == "quick_gelu" and initial.protocol(model) == "openai"
+    path = save(tmp_path / "d.safetensors", state_dict_of())
+    assert initial.protocol(initial.complete(initial.read(path))) == "declip"
+    assert initial.protocol(model._replace(std=(1, 1, 1))) == "train"

@@ -1,13 +1,9 @@
 """State dicts of the published DeCLIP code: CLIP, SLIP, FILIP, DeCLIP and DeFILIP."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from declip_jax.interop import tables
-from declip_jax.interop.parts import RESNET, VIT, batch_norm, blocks, linear, norm
-from declip_jax.interop.tables import SAME, SCALAR, Entry, Layout, Transform
+from declip_jax.interop.parts import IMAGE, batch_norm, blocks, linear, norm
+from declip_jax.interop.tables import LINEAR, SAME, SCALAR, Entry, Layout, Transform
 
 
 def _our_order(vocab_size: int) -> np.ndarray:
@@ -17,10 +13,14 @@ def _our_order(vocab_size: int) -> np.ndarray:
 
 
 _VOCABULARY = Transform(
-    lambda x: x[_our_order(len(x))], lambda x: x[np.argsort(_our_order(len(x)))]
+    "mask, start, end <-> start, end, mask",
+    lambda x: x[_our_order(len(x))],
+    lambda x: x[np.argsort(_our_order(len(x)))],
 )
-_WORD_LOGITS = Transform(  # [vocabulary, width] <-> [width, vocabulary]
-    lambda x: _VOCABULARY.forward(x).T, lambda x: _VOCABULARY.inverse(x.T)
+_WORD_LOGITS = Transform(
+    f"{_VOCABULARY.name}, {LINEAR.name}",
+    lambda x: _VOCABULARY.forward(x).T,
+    lambda x: _VOCABULARY.inverse(x.T),
 )
 
 
@@ -61,40 +61,26 @@ _HEADS = [
 ]
 
 
-def _layout(text: str, *ignored: str) -> Layout:
+_IGNORED = (
+    r".*\.num_batches_tracked",  # torch's counter, used only without a momentum
+    r"visual\.fc\.(weight|bias)",  # the ResNet's classifier, which no loss reads
+)
+_IGNORED_OF = {
+    "slip": (r"predictor_sim\.bn3\..*",),  # stands after the head's last layer, unused
+    "filip": (r"text_label_predictor\..*",),  # never used
+}
+METHODS = ("clip", "slip", "filip", "declip", "defilip")
+
+
+def layout(kind: str, method: str) -> Layout:
+    """The table for one of METHODS and an image tower of a kind ("vit" or "resnet")."""
     return Layout(
         entries=(
-            *VIT,
-            *RESNET,
-            *_text(text),
+            *IMAGE[kind],
+            *_text("text_encoder" if method == "slip" else "encode_text"),
             *_HEADS,
             Entry("params/logit_scale", "logit_scale", SCALAR),
             Entry("params/logit_scale_dense", "logit_scale_dense", SAME),
         ),
-        ignored=(
-            r".*\.num_batches_tracked",  # torch's counter, used only without a momentum
-            r"visual\.fc\.(weight|bias)",  # the ResNet's classifier, which no loss reads
-            *ignored,
-        ),
+        ignored=(*_IGNORED, *_IGNORED_OF.get(method, ())),
     )
-
-
-_LAYOUT = _layout("encode_text")
-LAYOUTS = {
-    "clip": _LAYOUT,
-    # The text tower has another name, and an unused layer stands after the head's last one.
-    "slip": _layout("text_encoder", r"predictor_sim\.bn3\..*"),
-    "filip": _layout("encode_text", r"text_label_predictor\..*"),  # never used
-    "declip": _LAYOUT,
-    "defilip": _LAYOUT,
-}
-
-
-def load(state_dict: Mapping[str, np.ndarray], like: Any, method: str = "clip") -> Any:
-    """A published state dict of `method` as variables like `like`; see `tables.load`."""
-    return tables.load(LAYOUTS[method], state_dict, like)
-
-
-def dump(variables: Any, method: str = "clip") -> dict[str, np.ndarray]:
-    """Variables under the names published for `method`; see `tables.dump`."""
-    return tables.dump(LAYOUTS[method], variables)

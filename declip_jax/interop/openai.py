@@ -1,34 +1,32 @@
-"""State dicts in OpenAI's CLIP layout, which ALIP and open_clip share."""
+"""OpenAI's CLIP layout, which ALIP shares, and open_clip too unless the projection of texts has a
+bias (then it is a linear layer there, otherwise a bare matrix)."""
 
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-
-from declip_jax.interop import tables
-from declip_jax.interop.parts import RESNET, VIT, blocks, norm
+from declip_jax.interop.parts import IMAGE, blocks, linear, norm
 from declip_jax.interop.tables import SAME, Entry, Layout
 
-_LAYOUT = Layout(
-    entries=(
-        *VIT,
-        *RESNET,
-        Entry("params/text/token_embedding/embedding", "token_embedding.weight", SAME),
-        Entry("params/text/positional_embedding", "positional_embedding", SAME),
-        *blocks("text/blocks", "transformer.resblocks"),
-        *norm("text/ln_final", "ln_final"),
-        Entry("params/text/proj/kernel", "text_projection", SAME),
-        Entry("params/logit_scale", "logit_scale", SAME),
-    ),
-    ignored=(r".*\.num_batches_tracked",),
-)
+# Sizes that OpenAI's archives hold as arrays. They tell these from the others' files.
+SIZES = ("input_resolution", "context_length", "vocab_size")
 
 
-def load(state_dict: Mapping[str, np.ndarray], like: Any) -> Any:
-    """A state dict as variables like `like`; see `tables.load`."""
-    return tables.load(_LAYOUT, state_dict, like)
+# The causal mask is a constant.
+_IGNORED = (r".*\.num_batches_tracked", r"(.*\.)?attn_mask", "|".join(SIZES))
 
 
-def dump(variables: Any) -> dict[str, np.ndarray]:
-    """Variables under OpenAI's names; see `tables.dump`."""
-    return tables.dump(_LAYOUT, variables)
+def layout(kind: str, proj_bias: bool = False) -> Layout:
+    """The table for an image tower of a kind ("vit" or "resnet")."""
+    return Layout(
+        entries=(
+            *IMAGE[kind],
+            Entry("params/text/token_embedding/embedding", "token_embedding.weight", SAME),
+            Entry("params/text/positional_embedding", "positional_embedding", SAME),
+            *blocks("text/blocks", "transformer.resblocks"),
+            *norm("text/ln_final", "ln_final"),
+            *(
+                linear("text/proj", "text_projection")
+                if proj_bias
+                else [Entry("params/text/proj/kernel", "text_projection", SAME)]
+            ),
+            Entry("params/logit_scale", "logit_scale", SAME),
+        ),
+        ignored=_IGNORED,
+    )

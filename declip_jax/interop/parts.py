@@ -37,7 +37,7 @@ def blocks(ours: str, theirs: str) -> list[Entry]:
     ]
 
 
-VIT = [
+_VIT = [
     Entry("params/image/patch_embed/kernel", "visual.conv1.weight", CONV),
     Entry("params/image/class_embedding", "visual.class_embedding", SAME),
     Entry("params/image/positional_embedding", "visual.positional_embedding", SAME),
@@ -48,7 +48,7 @@ VIT = [
 ]
 
 _STAGE, _THEIR_STAGE = "image/layer{stage}_{block}", "visual.layer{stage}.{block}"
-RESNET = [
+_RESNET = [
     Entry("params/image/conv{n}/kernel", "visual.conv{n}.weight", CONV),
     *batch_norm("image/bn{n}", "visual.bn{n}"),
     Entry(f"params/{_STAGE}/conv{{n}}/kernel", f"{_THEIR_STAGE}.conv{{n}}.weight", CONV),
@@ -63,3 +63,6 @@ RESNET = [
     *linear("image/attnpool/v_proj", "visual.attnpool.v_proj"),
     *linear("image/attnpool/c_proj", "visual.attnpool.c_proj"),
 ]
+
+# Entries of an image tower by its kind. Both have a "visual.conv1".
+IMAGE = {"vit": _VIT, "resnet": _RESNET}

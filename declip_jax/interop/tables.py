@@ -7,36 +7,54 @@ array changes on the way. Both may hold placeholders, which stand for a whole nu
     Entry("params/text/blocks/ln_1/scale", "transformer.resblocks.{i}.ln_1.weight", SAME)
 
 `{i}` in theirs alone is the layer: ours is stacked over layers on axis 0, theirs is one array a
-layer.
+layer. Where theirs is several names, one array of ours is theirs one below the other (axis 0).
 """
 
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 class Transform(NamedTuple):
-    """A bijection between their array (of one layer) and ours."""
+    """A bijection between their array (of one layer) and ours, and what it is called."""
 
+    name: str
     forward: Callable[[np.ndarray], np.ndarray]  # theirs -> ours
     inverse: Callable[[np.ndarray], np.ndarray]
 
 
-SAME = Transform(lambda x: x, lambda x: x)
-LINEAR = Transform(lambda x: x.T, lambda x: x.T)  # [out, in] <-> [in, out]
-CONV = Transform(  # OIHW <-> HWIO
-    lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
+SAME = Transform("", lambda x: x, lambda x: x)
+LINEAR = Transform("[out, in] <-> [in, out]", lambda x: x.T, lambda x: x.T)
+CONV = Transform(
+    "OIHW <-> HWIO", lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
 )
-SCALAR = Transform(lambda x: x.reshape(()), lambda x: x.reshape(1))  # [1] <-> []
+SCALAR = Transform("[1] <-> []", lambda x: x.reshape(()), lambda x: x.reshape(1))
 
 
 class Entry(NamedTuple):
     ours: str
-    theirs: str
+    theirs: str | tuple[str, ...]
     transform: Transform
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
+
+    @property
+    def stacked(self) -> bool:
+        """Ours holds all layers."""
+        return "{i}" in self.parts[0] and "{i}" not in self.ours
+
+    @property
+    def stack(self) -> str:
+        """What the names of all entries of a stack of layers begin with."""
+        return self.parts[0].split("{i}")[0]
 
 
 class Layout(NamedTuple):
@@ -47,50 +65,109 @@ class Layout(NamedTuple):
 class _Place(NamedTuple):
     """Where a variable of ours lies in their state dict."""
 
-    transform: Transform
-    names: list[str]
-    stacked: bool  # one name for each row of axis 0
+    entry: Entry
+    names: list[list[str]]  # of each layer, or of the only one, the parts
 
 
-def load(layout: Layout, state_dict: Mapping[str, np.ndarray], like: Any) -> Any:
-    """Their state dict as our variables.
+def load(layout: Layout, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Their state dict as our variables, whatever the sizes.
 
     Args:
-      state_dict: arrays by name.
-      like: our variables, as arrays or ShapeDtypeStructs: the structure, shapes and dtypes wanted.
+      state_dict: arrays by name, of any floating-point type.
 
     Returns:
-      A tree like `like` of numpy arrays.
+      {"params": …, "batch_stats": …} of float32 numpy arrays; it may lack what a model needs (see
+      `check`), but no layer and no part of an array.
 
     Raises:
-      ValueError: names that are missing, names that nothing takes and arrays of another shape, all
-        of them listed; or variables of ours that the layout has no name for.
+      ValueError: names that the layout does not know, layers or parts that are missing between
+        others, and arrays of another shape or type, all of them listed.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    unused = {n for n in state_dict if not any(re.fullmatch(p, n) for p in layout.ignored)}
-    missing, misshaped, values = [], [], []
-    for leaf, place in zip((leaf for _, leaf in leaves), _places(layout, leaves), strict=True):
-        shape = leaf.shape[1:] if place.stacked else leaf.shape
-        wanted = jax.eval_shape(
-            place.transform.inverse, jax.ShapeDtypeStruct(shape, leaf.dtype)
-        ).shape
-        value = np.empty(leaf.shape, leaf.dtype)
-        for row, name in enumerate(place.names):
-            unused.discard(name)
-            if name not in state_dict:
-                missing.append(name)
-            elif state_dict[name].shape != wanted:
-                misshaped.append(f"{name} has shape {state_dict[name].shape}, expected {wanted}")
-            else:
-                value[row if place.stacked else ...] = place.transform.forward(state_dict[name])
-        values.append(value)
-    problems = {"missing": missing, "unexpected": sorted(unused), "of another shape": misshaped}
-    if any(problems.values()):
-        raise ValueError(
-            "the state dict does not fit the model:"
-            + "".join(f"\n{what}: {', '.join(names)}" for what, names in problems.items() if names)
-        )
-    return jax.tree_util.tree_unflatten(structure, values)
+    problems = {"missing": [], "unexpected": [], "of another shape or type": []}
+    found: dict[str, dict[tuple[int, int], np.ndarray]] = {}  # by path; (layer, part)
+    entries: dict[str, tuple[Entry, dict[str, str]]] = {}
+    patterns = [
+        (entry, part, _pattern(name))
+        for entry in layout.entries
+        for part, name in enumerate(entry.parts)
+    ]
+    for name, array in state_dict.items():
+        if any(re.fullmatch(pattern, name) for pattern in layout.ignored):
+            continue
+        matches = ((entry, part, pattern.fullmatch(name)) for entry, part, pattern in patterns)
+        entry, part, match = next((m for m in matches if m[2]), (None, 0, None))
+        if entry is None:
+            problems["unexpected"].append(name)
+            continue
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            line = f"{name} has type {array.dtype}, expected floating point"
+            problems["of another shape or type"].append(line)
+            continue
+        groups = match.groupdict()
+        path = entry.ours.format(**groups)
+        entries[path] = entry, groups
+        found.setdefault(path, {})[int(groups["i"]) if entry.stacked else 0, part] = array
+
+    # Of each stack, so that what its last layer lacks is missed too.
+    layers_of: dict[str, int] = {}
+    for path, arrays in found.items():
+        stack = entries[path][0].stack
+        layers_of[stack] = max(layers_of.get(stack, 0), *(layer + 1 for layer, _ in arrays))
+
+    flat = {}
+    for path, arrays in found.items():
+        entry, groups = entries[path]
+        layers = layers_of[entry.stack] if entry.stacked else 1
+
+        def name_of(layer, part, entry=entry, groups=groups):
+            return entry.parts[part].format(**groups | {"i": layer})
+
+        wanted = [(layer, part) for layer in range(layers) for part in range(len(entry.parts))]
+        if absent := [name_of(*place) for place in wanted if place not in arrays]:
+            problems["missing"] += absent
+            continue
+        try:
+            rows = []
+            for layer in range(layers):
+                theirs = [arrays[layer, part] for part in range(len(entry.parts))]
+                whole = theirs[0] if len(theirs) == 1 else np.concatenate(theirs)
+                rows.append(entry.transform.forward(whole))
+            value = np.stack(rows) if entry.stacked else rows[0]
+        except ValueError:  # numpy's, about dimensions
+            problems["of another shape or type"] += [
+                f"{name_of(*place)} has shape {array.shape}, which does not fit"
+                for place, array in sorted(arrays.items())
+            ]
+            continue
+        flat[tuple(path.split("/"))] = np.asarray(value, np.float32)
+    raise_problems(problems)
+    return unflatten_dict(flat)
+
+
+def check(layout: Layout | None, variables: Any, like: Any) -> None:
+    """Raises ValueError unless `variables` have the structure and the shapes of `like`.
+
+    Everything that differs is listed, under its name in the layout (None: by our path).
+    """
+    ours, wanted = flatten_dict(variables, sep="/"), flatten_dict(like, sep="/")
+    problems = {"missing": [], "unexpected": [], "of another shape or type": []}
+    for path, leaf in wanted.items():
+        place = _place(layout, path, leaf)
+        has = np.shape(ours[path]) if path in ours else ()
+        if path not in ours:
+            problems["missing"] += sum(place.names, [])
+        elif place.entry.stacked and has[0] != leaf.shape[0]:
+            both = _place(layout, path, ours[path]).names
+            problems["missing"] += sum(place.names[has[0] :], [])
+            problems["unexpected"] += sum(both[leaf.shape[0] :], [])
+        elif has != leaf.shape:
+            theirs, expected = (_their_shapes(place, shape)[0] for shape in (has, leaf.shape))
+            problems["of another shape or type"] += [
+                f"{name} has shape {theirs}, expected {expected}" for name in sum(place.names, [])
+            ]
+    for path in ours.keys() - wanted.keys():
+        problems["unexpected"] += sum(_place(layout, path, ours[path]).names, [])
+    raise_problems(problems)
 
 
 def dump(layout: Layout, variables: Any) -> dict[str, np.ndarray]:
@@ -99,36 +176,84 @@ def dump(layout: Layout, variables: Any) -> dict[str, np.ndarray]:
     Raises:
       ValueError: variables that the layout has no name for.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(variables)
+    flat = flatten_dict(variables, sep="/")
+    if unknown := [path for path in flat if _find(layout, path) is None]:
+        raise ValueError(f"the layout has no name for: {', '.join(unknown)}")
     state_dict = {}
-    for (_, leaf), place in zip(leaves, _places(layout, leaves), strict=True):
+    for path, leaf in flat.items():
         leaf = np.asarray(leaf)
-        for name, value in zip(place.names, leaf if place.stacked else [leaf], strict=True):
-            state_dict[name] = np.array(place.transform.inverse(value), order="C")
+        place = _place(layout, path, leaf)
+        for names, value in zip(place.names, leaf if place.entry.stacked else [leaf], strict=True):
+            whole = place.entry.transform.inverse(value)
+            parts = np.split(whole, len(names)) if len(names) > 1 else [whole]
+            for name, part in zip(names, parts, strict=True):
+                state_dict[name] = np.array(part, order="C")
     return state_dict
 
 
-def _places(layout: Layout, leaves: list[tuple[Any, Any]]) -> list[_Place]:
-    """The place of every (path, leaf)."""
+def holds(layout: Layout, path: str) -> bool:
+    """Whether the layout has a name for a variable of ours."""
+    return _find(layout, path) is not None
+
+
+def table(layout: Layout, variables: Any = None) -> Iterator[tuple[str, str, str]]:
+    """Rows of (our path, their name, how the array changes): the entries, or those of variables."""
+    if variables is None:
+        for entry in layout.entries:
+            yield entry.ours, " + ".join(entry.parts), entry.transform.name
+        return
+    for path, leaf in flatten_dict(variables, sep="/").items():
+        place = _place(layout, path, leaf)
+        for layer, names in enumerate(place.names):
+            row = f"[{layer}]" if place.entry.stacked else ""
+            yield path + row, " + ".join(names), place.entry.transform.name
+
+
+def raise_problems(problems: Mapping[str, list[str]]) -> None:
+    """Raises ValueError if there are any, with all of them."""
+    if any(problems.values()):
+        raise ValueError(
+            "the arrays do not fit:"
+            + "".join(f"\n{what}: {_listed(names)}" for what, names in problems.items() if names)
+        )
+
+
+def _listed(names: list[str], most: int = 100) -> str:
+    names = sorted(names, key=lambda name: [int(s) if s.isdigit() else s for s in _split(name)])
+    more = f", … and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _split(name: str) -> list[str]:
+    return re.split(r"(\d+)", name)  # words and numbers in turn: layer 2 comes before layer 10
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern:
     # "conv{n}/kernel" -> "conv(?P<n>[0-9]+)/kernel"; re.escape leaves "/" and "_" alone
-    patterns = [
-        re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[0-9]+)", re.escape(entry.ours)))
-        for entry in layout.entries
-    ]
-    places, unknown = [], []
-    for path, leaf in leaves:
-        path = jax.tree_util.keystr(path, simple=True, separator="/")
-        for entry, pattern in zip(layout.entries, patterns, strict=True):
-            if found := pattern.fullmatch(path):
-                stacked = "{i}" in entry.theirs and "i" not in found.groupdict()
-                names = [
-                    entry.theirs.format(**found.groupdict(), **({"i": row} if stacked else {}))
-                    for row in range(leaf.shape[0] if stacked else 1)
-                ]
-                places.append(_Place(entry.transform, names, stacked))
-                break
-        else:
-            unknown.append(path)
-    if unknown:
-        raise ValueError(f"the layout has no name for: {', '.join(unknown)}")
-    return places
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[0-9]+)", re.escape(name)))
+
+
+def _find(layout: Layout, path: str) -> tuple[Entry, dict[str, str]] | None:
+    for entry in layout.entries:
+        if match := _pattern(entry.ours).fullmatch(path):
+            return entry, match.groupdict()
+    return None
+
+
+def _place(layout: Layout | None, path: str, leaf: Any) -> _Place:
+    entry, groups = (layout and _find(layout, path)) or (Entry(path, path, SAME), {})
+    layers = leaf.shape[0] if entry.stacked else 1
+    names = [[p.format(**groups | {"i": i}) for p in entry.parts] for i in range(layers)]
+    return _Place(entry, names)
+
+
+def _their_shapes(place: _Place, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Of the parts of one layer, from the shape of ours."""
+    ours = jax.ShapeDtypeStruct(shape[1:] if place.entry.stacked else shape, np.float32)
+    try:
+        rows, *rest = jax.eval_shape(place.entry.transform.inverse, ours).shape or (None,)
+    except (ValueError, TypeError):  # so different that the transform does not apply
+        return [ours.shape]
+    count = len(place.entry.parts)
+    return [() if rows is None else (rows // count, *rest)] * count

@@ -14,7 +14,7 @@ from declip_jax.losses import contrastive, ring
 from declip_jax.losses.contrastive import normalise
 from declip_jax.losses.late_interaction import late_interaction
 from declip_jax.models.text import real_tokens
-from declip_jax.models.two_towers import TwoTowers
+from declip_jax.models.two_towers import TwoTowers, two_towers
 
 PyTree = Any
 Batch = dict[str, jax.Array]
@@ -66,6 +66,13 @@ class Method(NamedTuple):
     # encode_image(params, extra, images [B, H, W, 3]) -> [B, D] unit rows, evaluation mode
     encode_image: Callable[[PyTree, PyTree, jax.Array], jax.Array]
     # encode_text(params, extra, tokens [B, L]) -> [B, D] unit rows
+    encode_text: Callable[[PyTree, PyTree, jax.Array], jax.Array]
+
+
+class Encoders(NamedTuple):
+    """The encoders of a model without a training method; see `Method` for the two."""
+
+    encode_image: Callable[[PyTree, PyTree, jax.Array], jax.Array]
     encode_text: Callable[[PyTree, PyTree, jax.Array], jax.Array]
 
 
@@ -307,3 +314,9 @@ def network_functions(network: TwoTowers, config, views: Views) -> dict[str, Cal
         return normalise(features.embedding[:, 0])
 
     return {"init": init, "encode_image": encode_image, "encode_text": encode_text}
+
+
+def encoders(config) -> Encoders:
+    """Those of the towers that `config.model` describes."""
+    functions = network_functions(two_towers(config.model), config, Views((), ()))
+    return Encoders(functions["encode_image"], functions["encode_text"])

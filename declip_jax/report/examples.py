@@ -56,6 +56,8 @@ def gallery(trained: Trained, images: int, captions: int) -> list[tuple[str, lis
     """
     config, encoder = trained.config, trained.encoder
     settings = config.eval.retrieval
+    if trained.setup is None:
+        raise ValueError("another program's weights come without a data set.")
     if settings.source:
         source = open_source(settings.source, settings.split)
     else:
@@ -103,6 +105,8 @@ def neighbours(trained: Trained, captions: int, k: int) -> list[tuple[str, list[
       ValueError: the data are not on this machine, or have changed, or the batch size has, and what
         was enqueued cannot be told.
     """
+    if trained.setup is None:
+        raise ValueError("another program's weights come without a support set.")
     rows = trained.state.extra.get("support_set")
     if rows is None:
         return []

@@ -37,6 +37,8 @@ _HIDDEN = {"train/pairs_per_s_per_device", "train/seconds_left", "train/update_n
 def curves(runs: Sequence[Run]) -> str:
     """All curves over the steps, a panel a name; a click in the legend hides a run in all."""
     panels = _panels(runs)
+    if not panels:  # all of them other programs' weights
+        return ""
     rows = -(-len(panels) // COLUMNS)
     figure = make_subplots(
         rows=rows,
@@ -63,7 +65,7 @@ def curves(runs: Sequence[Run]) -> str:
         if _is_share(name):
             figure.update_yaxes(tickformat=".1~%", rangemode="tozero", **at)
     figure.update_annotations(font=dict(size=13, color=_INK), yshift=4)
-    last = max(step for run in runs for step in run.curves["step"])
+    last = max(step for run in runs for step in run.curves.get("step", ()))
     figure.update_xaxes(tickformat="~s", nticks=6, range=[0, 1.02 * last])
     return _html(figure, "curves", height=PANEL * rows + 60, top=62)
 

@@ -11,20 +11,21 @@ from flax.traverse_util import flatten_dict
 from plotly.colors import qualitative
 
 from declip_jax.evals.results import read_results
-from declip_jax.evaluate import Trained, load
+from declip_jax.evaluate import IMPORTED, Imported, Trained, load, load_imported
 from declip_jax.metrics import read_metrics
 
 Curves = dict[str, dict[int, float]]
 
 
 class Run(NamedTuple):
-    """A run and its newest checkpoint.
+    """A run and its newest checkpoint, or another program's weights that were evaluated.
 
     Attributes:
       workdir: its folder.
       name: the folder's, or its path where several have the same name.
       colour: of all that is drawn of it.
-      curves: for each name in metrics.jsonl, its value at each step, steps rising.
+      curves: for each name in metrics.jsonl, its value at each step, steps rising; {} of another
+        program's weights.
       trained: the model.
       evaluation: {"results", "absent"} of all its evaluated steps, see `evals.results`, each result
         with its "step"; of what was scored at several steps, the newest. None without any.
@@ -46,6 +47,10 @@ class Run(NamedTuple):
         data = self.config.data
         return data.source or " + ".join(part["source"] for part in data.mixture)
 
+    @property
+    def imported(self) -> bool:
+        return self.trained.setup is None
+
     def last_evaluation(self) -> dict[str, float]:
         """The metrics of the last evaluation during training; {} if there was none."""
         values = {name: c for name, c in self.curves.items() if name.startswith("val/")}
@@ -57,12 +62,20 @@ class Run(NamedTuple):
         config, image = self.config, self.config.model.image
         parameters = int(clu.parameter_overview.count_parameters(self.trained.state.params))
         size = f"width {image.width}, {image.resolution} px"
-        return {
+        model = {
             "method": config.method,
             "image tower": f"ViT/{image.patch}, {image.layers} layers, {size}"
             if image.kind == "vit"
             else f"ResNet {'-'.join(map(str, image.layers))}, {size}",
             "parameters": f"{parameters:,}",
+        }
+        if self.imported:
+            weights = Path(Imported.of(self.workdir).path).name
+            return model | {
+                **dict.fromkeys(("step", "batch", "pairs seen"), "–"),
+                "data": f"unknown: {weights} is another program's",
+            }
+        return model | {
             "step": f"{self.trained.step:,} of {config.total_steps:,}",
             "batch": f"{config.batch_size:,} pairs",
             "pairs seen": f"{self.trained.record['samples']:,}",
@@ -104,6 +117,9 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _load(workdir: Path, name: str, colour: str) -> Run:
+    if (workdir / IMPORTED).exists():
+        trained = load_imported(Imported.of(workdir))
+        return Run(workdir, name, colour, {}, trained, _evaluation(workdir))
     metrics = workdir / "metrics.jsonl"
     trained = load(workdir)
     # The page needs the model alone, and the optimiser's state is twice as large.

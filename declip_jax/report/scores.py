@@ -109,6 +109,8 @@ def scores(runs: Sequence[Run]) -> Iterator[Scores]:
                         rows[row] = f"{result['title']} ({name})" if name else result["title"]
             steps = sorted({result["step"] for result in own})
             detail = f"step {', '.join(f'{step:,}' for step in steps)}" if own else "not scored"
+            if own and run.imported:
+                detail = "another program's weights"
             series.append(Series(run.name, detail, run.colour, values, missing))
         known = {row.set for row in rows}
         for name in dict.fromkeys(itertools.chain(*absent)):

@@ -1,0 +1,154 @@
+"""What a run starts from, or an evaluation without a run: the model of a run, or of another
+program's file."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from declip_jax.checkpoint import Checkpoints
+from declip_jax.evals.preprocess import CLIP, IMAGENET, preprocess
+from declip_jax.interop import pretrained
+from declip_jax.interop.pretrained import Pretrained
+from declip_jax.state import TrainState
+
+
+class OfRun(NamedTuple):
+    """The model of a run, the step it is of, and the checkpoint's record."""
+
+    model: Pretrained
+    step: int
+    record: dict[str, Any]
+
+
+def read(path: str | Path, format: str = "") -> Pretrained:
+    """Reads the newest model of a run's workdir, or what `interop.pretrained.read` does.
+
+    Raises:
+      ValueError: nothing there that can be used.
+    """
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        if format:
+            raise ValueError(f"{path} is the workdir of a run: its model has no format to name.")
+        return read_run(path).model
+    return pretrained.read(path, format)
+
+
+def read_run(workdir: Path, step: str = "newest", ema: bool | None = None) -> OfRun:
+    """Reads a model from a run's checkpoint, without its optimiser.
+
+    Args:
+      workdir: of the run.
+      step: a number, "newest" or "best".
+      ema: the moving average of its parameters; None: if there is one.
+
+    Raises:
+      ValueError: no workdir, no such checkpoint, a damaged one.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        raise ValueError(f"{workdir} holds no checkpoints: train there first.")
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        chosen = checkpoints.find(step)
+        record = checkpoints.record(chosen)
+        variables = checkpoints.restore_model(chosen, ema)
+    finally:
+        checkpoints.close()
+    config = record["config"]
+    sizes = {name: config["model"][name] for name in ("embed_dim", "activation", "image", "text")}
+    model = Pretrained(
+        workdir,
+        "declip_jax",
+        config["method"],
+        None,
+        variables,
+        {**sizes, "image": {k: _plain(v) for k, v in sizes["image"].items()}},
+        (),
+        _plain(config["image_mean"]),
+        _plain(config["image_std"]),
+        preprocess(ConfigDict(config)).short_side,
+    )
+    return OfRun(model, chosen, record)
+
+
+def complete(model: Pretrained) -> Pretrained:
+    """A model with the preprocessing that its format usually has, where the file does not tell it.
+
+    Raises:
+      ValueError: the file does not tell the activation function either.
+    """
+    if model.model["activation"] is None:
+        raise ValueError(
+            f"{model.source} does not tell the activation function: say whose file it is, with "
+            "openai (QuickGELU), alip or open_clip (GELU) as its format, or put it beside its "
+            "open_clip_config.json."
+        )
+    resolution = model.model["image"]["resolution"]
+    usual = IMAGENET if model.format == "declip" else CLIP
+    side = round(resolution * 256 / 224) if model.format == "declip" else resolution
+    return model._replace(
+        mean=model.mean or usual[0],
+        std=model.std or usual[1],
+        short_side=model.short_side or side,
+    )
+
+
+def protocol(model: Pretrained) -> str:
+    """The `config.eval.preprocess` that a complete model's preprocessing is, or is nearest to."""
+    side, resolution = model.short_side, model.model["image"]["resolution"]
+    if (model.mean, model.std) == CLIP and side == resolution:
+        return "openai"
+    if (model.mean, model.std) == IMAGENET and side == round(resolution * 256 / 224):
+        return "declip"
+    return "train"
+
+
+def name_of(path: Path) -> str:
+    """What to call weights: a file's name without its endings, or where that says nothing, the
+    folder's."""
+    path = path.absolute()
+    name = path.name.split(".")[0] if path.is_file() else path.name
+    generic = ("model", "open_clip_model", "pytorch_model", "open_clip_pytorch_model")
+    return path.parent.name if name in generic else name
+
+
+def start(config, state: TrainState, say) -> TrainState:
+    """A run's first state with the model that `config.init_from` names.
+
+    Args:
+      config: of the run.
+      state: as it starts without it, sharded.
+      say: is told what was taken, and what was not.
+
+    Raises:
+      ValueError: a file that cannot be used, or another model.
+    """
+    given = read(config.init_from)
+    say(f"Starts from {given.describe()}.")
+    fresh = {"params": state.params}
+    if "batch_stats" in state.extra:
+        fresh["batch_stats"] = state.extra["batch_stats"]
+    variables, notes = pretrained.fit(given, fresh, config.model, config.init_resize)
+    here = tuple(config.image_mean), tuple(config.image_std)
+    if given.mean and given.std and here != (given.mean, given.std):
+        notes.append(
+            f"its images were normalised with mean {given.mean} and deviation {given.std}, those "
+            f"of this run are with {here[0]} and {here[1]}"
+        )
+    for note in notes:
+        say(f"  {note}")
+
+    def place(value, leaf: jax.Array) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
+
+    variables = jax.tree.map(place, variables, fresh)
+    params = variables.pop("params")
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, ema=ema, extra={**state.extra, **variables})
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,147 @@
+"""The layout of Transformers' CLIPModel, and the configuration beside its weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from declip_jax.interop.parts import linear, norm
+from declip_jax.interop.tables import CONV, LINEAR, SAME, Entry, Layout
+
+
+def _tower(ours: str, theirs: str) -> list[Entry]:
+    blocks, layer = f"{ours}/blocks", f"{theirs}.encoder.layers.{{i}}"
+    qkv = [f"{layer}.self_attn.{name}_proj" for name in "qkv"]
+    return [
+        Entry(
+            f"params/{ours}/positional_embedding",
+            f"{theirs}.embeddings.position_embedding.weight",
+            SAME,
+        ),
+        *norm(f"{blocks}/ln_1", f"{layer}.layer_norm1"),
+        Entry(f"params/{blocks}/attn/in_proj/kernel", tuple(f"{n}.weight" for n in qkv), LINEAR),
+        Entry(f"params/{blocks}/attn/in_proj/bias", tuple(f"{n}.bias" for n in qkv), SAME),
+        *linear(f"{blocks}/attn/out_proj", f"{layer}.self_attn.out_proj"),
+        *norm(f"{blocks}/ln_2", f"{layer}.layer_norm2"),
+        *linear(f"{blocks}/mlp/c_fc", f"{layer}.mlp.fc1"),
+        *linear(f"{blocks}/mlp/c_proj", f"{layer}.mlp.fc2"),
+    ]
+
+
+_IMAGE, _TEXT = "vision_model", "text_model"
+LAYOUT = Layout(
+    entries=(
+        Entry(
+            "params/image/patch_embed/kernel", f"{_IMAGE}.embeddings.patch_embedding.weight", CONV
+        ),
+        Entry("params/image/class_embedding", f"{_IMAGE}.embeddings.class_embedding", SAME),
+        *norm("image/ln_pre", f"{_IMAGE}.pre_layrnorm"),  # their spelling
+        *_tower("image", _IMAGE),
+        *norm("image/ln_post", f"{_IMAGE}.post_layernorm"),
+        Entry("params/image/proj/kernel", "visual_projection.weight", LINEAR),
+        Entry(
+            "params/text/token_embedding/embedding",
+            f"{_TEXT}.embeddings.token_embedding.weight",
+            SAME,
+        ),
+        *_tower("text", _TEXT),
+        *norm("text/ln_final", f"{_TEXT}.final_layer_norm"),
+        Entry("params/text/proj/kernel", "text_projection.weight", LINEAR),
+        Entry("params/logit_scale", "logit_scale", SAME),
+    ),
+    ignored=(r".*\.position_ids",),  # a constant, in files of older versions
+)
+
+
+def to_config(model: Mapping[str, Any], sot_id: int) -> dict[str, Any]:
+    """config.json of a model: the `model` section of a config, and the id that starts a text."""
+    image, text = model["image"], model["text"]
+
+    def tower(sizes: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+        return {
+            "hidden_size": sizes["width"],
+            "intermediate_size": 4 * sizes["width"],
+            "num_hidden_layers": sizes["layers"],
+            "num_attention_heads": sizes["heads"],
+            "projection_dim": model["embed_dim"],
+            "hidden_act": model["activation"],
+            "layer_norm_eps": 1e-5,
+            "attention_dropout": 0.0,
+            **more,
+        }
+
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": model["embed_dim"],
+        "logit_scale_init_value": 2.6592,
+        "torch_dtype": "float32",
+        "vision_config": tower(
+            image,
+            model_type="clip_vision_model",
+            image_size=image["resolution"],
+            patch_size=image["patch"],
+            num_channels=3,
+        ),
+        "text_config": tower(
+            text,
+            model_type="clip_text_model",
+            vocab_size=text["vocab_size"],
+            max_position_embeddings=text["context"],
+            bos_token_id=sot_id,
+            eos_token_id=text["eot_id"],  # the first of it is where the feature is read
+            pad_token_id=text["eot_id"],
+        ),
+    }
+
+
+def to_preprocessor_config(preprocess: Mapping[str, Any]) -> dict[str, Any]:
+    """preprocessor_config.json: resize the short side, crop the square of the centre, normalise."""
+    size = preprocess["resolution"]
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": preprocess["short_side"]},
+        "resample": 3,  # PIL's number for bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocess["mean"]),
+        "image_std": list(preprocess["std"]),
+    }
+
+
+def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json tells that the weights do not: activation, heads and the end token's id.
+
+    Raises:
+      ValueError: settings that our towers do not have, by name.
+    """
+    if config.get("model_type", "clip") != "clip":
+        raise ValueError(f"config.json has model_type={config['model_type']!r}, expected 'clip'")
+    # What a file leaves out has the library's default.
+    image = {"hidden_act": "quick_gelu", "num_attention_heads": 12} | config.get(
+        "vision_config", {}
+    )
+    text = {"hidden_act": "quick_gelu", "num_attention_heads": 8, "eos_token_id": 49407} | (
+        config.get("text_config", {})
+    )
+    for name, section in (("vision_config", image), ("text_config", text)):
+        if section.get("layer_norm_eps", 1e-5) != 1e-5:
+            raise ValueError(f"config.json: {name}.layer_norm_eps must be 1e-5 for our LayerNorm")
+    activation = image["hidden_act"]
+    if activation != text["hidden_act"] or activation not in ("quick_gelu", "gelu"):
+        raise ValueError(
+            f"config.json: hidden_act is {activation!r} for images and {text['hidden_act']!r} for "
+            "texts, expected 'quick_gelu' or 'gelu' for both"
+        )
+    known = {
+        "activation": activation,
+        "image": {"heads": image["num_attention_heads"]},
+        "text": {"heads": text["num_attention_heads"]},
+    }
+    # 2 stands for "the largest id of the text" in old files.
+    if text["eos_token_id"] not in (None, 2):
+        known["text"]["eot_id"] = text["eos_token_id"]
+    return known

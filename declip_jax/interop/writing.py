@@ -1,0 +1,152 @@
+"""Models of ours as files of others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from declip_jax.data.tokenizer import SOT
+from declip_jax.interop import huggingface, open_clip, openai, pretrained, tables
+from declip_jax.interop.pretrained import ACTIVATIONS, NOTES, TOWERS, Pretrained
+from declip_jax.interop.tokenizer_files import write_tokenizer
+
+FILES = {"open_clip": "open_clip_model.safetensors"}  # other formats: model.safetensors
+
+
+def adapt(model: Pretrained, format: str) -> tuple[Pretrained, list[str]]:
+    """A model as a format can hold it, and what changes on the way, in lines.
+
+    A bias of the text projection, which only open_clip and DeCLIP have, moves into the bias of the
+    LayerNorm before it: features stay what they are, up to rounding. Heads stay behind but in
+    DeCLIP's format.
+
+    Raises:
+      ValueError: what the format's program would compute otherwise, all of it, by field.
+    """
+    notes, sizes, variables = [], model.model, model.variables
+    image, text = sizes["image"], sizes["text"]
+    problems = []
+    activation = ACTIVATIONS.get(format, sizes["activation"])
+    if sizes["activation"] != activation:
+        problems.append(f"model.activation={sizes['activation']!r}, there it is {activation!r}")
+    if format in ("openai", "alip"):
+        channels = {"image": image["width"] * (1 if image["kind"] == "vit" else 32)}
+        channels["text"] = text["width"]
+        problems += [
+            f"model.{name}.heads={sizes[name]['heads']}, there a head has 64 of the {n} channels"
+            for name, n in channels.items()
+            if n != 64 * sizes[name]["heads"]
+        ]
+    if format == "huggingface" and image["kind"] != "vit":
+        problems.append("model.image.kind='resnet', there is no ResNet there")
+    if format == "declip" and not text["proj_bias"]:
+        problems.append("model.text.proj_bias=False, there the projection of texts has a bias")
+    if format == "declip" and text["vocab_size"] != text["eot_id"] + 2:
+        problems.append(
+            f"model.text.vocab_size={text['vocab_size']}, there the end token and the mask are last"
+        )
+    if problems:
+        raise ValueError(
+            f"{model.source} cannot be written in the format {format!r}: it would compute "
+            "something else.\n  " + "\n  ".join(problems) + "\nopen_clip's format takes any model."
+        )
+
+    heads = sorted({*variables["params"]} - {*TOWERS})
+    if heads and format != "declip":
+        notes.append(f"left out, since only DeCLIP's format has them: {', '.join(heads)}")
+        variables = {kind: pretrained.towers_of(tree) for kind, tree in variables.items()}
+        variables = {kind: tree for kind, tree in variables.items() if tree}
+    if text["proj_bias"] and format in ("huggingface", "openai", "alip"):
+        params, shift = _without_bias(variables["params"], format)
+        variables = {**variables, "params": params}
+        sizes = {**sizes, "text": {**text, "proj_bias": False}}
+        notes.append(
+            "the bias of the text projection, which this format does not have, was moved into "
+            f"ln_final.bias (which changes by {shift:.2g} at most): text features stay the same "
+            "up to rounding"
+        )
+    return model._replace(model=sizes, variables=variables), notes
+
+
+def state_dict(model: Pretrained, format: str) -> dict[str, np.ndarray]:
+    """The arrays of an adapted model under the format's names."""
+    layout = layout_of(model, format)
+    arrays = tables.dump(layout, model.variables)
+    if format == "openai":  # they tell its files from open_clip's and ALIP's
+        sizes = model.model["image"]["resolution"], model.model["text"]["context"]
+        sizes = (*sizes, model.model["text"]["vocab_size"])
+        arrays |= dict(zip(openai.SIZES, map(np.int64, sizes), strict=True))
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    return arrays
+
+
+def layout_of(model: Pretrained, format: str) -> tables.Layout:
+    kind, proj_bias = model.model["image"]["kind"], model.model["text"]["proj_bias"]
+    return pretrained.layout_of(format, kind, model.method, proj_bias)
+
+
+def write(folder: Path, model: Pretrained, format: str, notes: dict[str, Any]) -> None:
+    """Writes an adapted model: weights, what the format's library wants beside them, and notes.
+
+    Args:
+      folder: exists, empty.
+      model: from `adapt`; its mean, std and short_side are known.
+      format: one of `pretrained.FORMATS`.
+      notes: where the model comes from; they go into NOTES, which reading heeds.
+    """
+    file = folder / FILES.get(format, "model.safetensors")
+    # Transformers wants to know whose arrays they are.
+    safetensors.numpy.save_file(state_dict(model, format), file, metadata={"format": "pt"})
+    preprocess = {
+        "short_side": model.short_side,
+        "resolution": model.model["image"]["resolution"],
+        "interpolation": "bicubic",
+        "mean": model.mean,
+        "std": model.std,
+    }
+    if format == "open_clip":
+        _write_json(
+            folder / "open_clip_config.json",
+            open_clip.to_config(model.model, model.mean, model.std),
+        )
+    if format == "huggingface":
+        config = huggingface.to_config(model.model, SOT)
+        _write_json(folder / "config.json", config)
+        _write_json(
+            folder / "preprocessor_config.json", huggingface.to_preprocessor_config(preprocess)
+        )
+        write_tokenizer(folder, model.model["text"]["context"])
+    told = {"format": format, "method": model.method, "model": model.model}
+    _write_json(folder / NOTES, {**told, "preprocess": preprocess, **notes})
+
+
+def _without_bias(params: dict[str, Any], format: str) -> tuple[dict[str, Any], float]:
+    """Parameters whose text projection has no bias, and the largest change of the LayerNorm's.
+
+    x @ W + b = (x + d) @ W for d with d @ W = b, and x ends in adding the LayerNorm's bias.
+    """
+    text = params["text"]
+    kernel, bias = (np.asarray(text["proj"][name], np.float64) for name in ("kernel", "bias"))
+    shift = np.linalg.lstsq(kernel.T, bias)[0]
+    before = text["ln_final"]["bias"]
+    after = (before + shift).astype(np.float32)
+    off = np.linalg.norm((after.astype(np.float64) - before) @ kernel - bias)
+    # Features are about as long as the kernel's norm, since what it multiplies has unit variance.
+    if not off <= 1e-6 * np.linalg.norm(kernel):
+        raise ValueError(
+            f"the format {format!r} has no bias in the projection of texts (model.text.proj_bias), "
+            f"and this one cannot be moved elsewhere: the projection, {kernel.shape[0]} to "
+            f"{kernel.shape[1]}, does not reach it. open_clip's format has one."
+        )
+    text = {
+        **text,
+        "proj": {"kernel": text["proj"]["kernel"]},
+        "ln_final": {**text["ln_final"], "bias": after},
+    }
+    return {**params, "text": text}, float(np.abs(shift).max())
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
