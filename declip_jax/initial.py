@@ -1,6 +1,7 @@
 """What a run starts from, or an evaluation without a run: the model of a run, or of another
 program's file."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,12 +116,12 @@ def name_of(path: Path) -> str:
     return path.parent.name if name in generic else name
 
 
-def start(config, state: TrainState, say) -> TrainState:
+def start(config, init_state: Callable[[], TrainState], say: Callable[[str], Any]) -> TrainState:
     """A run's first state with the model that `config.init_from` names.
 
     Args:
       config: of the run.
-      state: as it starts without it, sharded.
+      init_state: makes it without that model, sharded.
       say: is told what was taken, and what was not.
 
     Raises:
@@ -128,6 +129,7 @@ def start(config, state: TrainState, say) -> TrainState:
     """
     given = read(config.init_from)
     say(f"Starts from {given.describe()}.")
+    state = init_state()
     fresh = {"params": state.params}
     if "batch_stats" in state.extra:
         fresh["batch_stats"] = state.extra["batch_stats"]

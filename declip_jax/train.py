@@ -189,8 +189,9 @@ def train(config, workdir: Path) -> TrainState:
     data = digest(source)
 
     def first_state() -> TrainState:
-        state = setup.init_state()
-        return initial.start(config, state, progress.say) if config.init_from else state
+        if config.init_from:
+            return initial.start(config, setup.init_state, progress.say)
+        return setup.init_state()
 
     # A new run: a model to start from that does not fit is refused before anything is written too.
     first = None if (workdir / "checkpoints").is_dir() else first_state()

@@ -280,7 +280,7 @@ def test_every_field_is_read_by_some_method(tmp_path):
         setup.jit_train_step().trace(setup.abstract_state, first_batch(setup, config))
     config = recorded("clip", {"clip": 1.0}, seen)
     config._config.unlock().init_from = str(tmp_path)  # as a run that goes on from the first
-    initial.start(config, Setup(config, jax.devices()[:1]).init_state(), print)
+    initial.start(config, Setup(config, jax.devices()[:1]).init_state, print)
     assert set(leaves(common.get_config())) - seen == set()
     # The recorder does tell what is not read.
     unread = set()
