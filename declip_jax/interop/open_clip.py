@@ -3,45 +3,37 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Fields of open_clip's configuration that we can compute with this value only, and its default.
+# Fields of open_clip's configuration that we can compute with this value only, its default.
+_BLOCKS = {
+    "mlp_ratio": 4.0,
+    "ls_init_value": None,
+    "act_kwargs": None,
+    "norm_kwargs": None,
+    "block_type": None,
+    "qk_norm": False,
+    "scaled_cosine_attn": False,
+    "scale_heads": False,
+    "scale_attn_inner": False,
+    "scale_attn": False,
+    "scale_fc": False,
+    "final_ln_after_pool": False,
+}
 _FIXED = {
     "vision_cfg": {
-        "mlp_ratio": 4.0,
-        "ls_init_value": None,
+        **_BLOCKS,
         "attentional_pool": False,
         "no_ln_pre": False,
         "pos_embed_type": "learnable",
-        "final_ln_after_pool": False,
         "pool_type": "tok",
-        "act_kwargs": None,
-        "norm_kwargs": None,
-        "block_type": None,
-        "qk_norm": False,
-        "scaled_cosine_attn": False,
-        "scale_heads": False,
-        "scale_attn_inner": False,
-        "scale_attn": False,
-        "scale_fc": False,
         "timm_model_name": None,
     },
     "text_cfg": {
+        **_BLOCKS,
         "hf_tokenizer_name": None,
-        "mlp_ratio": 4.0,
-        "ls_init_value": None,
         "embed_cls": False,
         "no_causal_mask": False,
-        "final_ln_after_pool": False,
         "pool_type": "argmax",
         "proj_type": "linear",
-        "act_kwargs": None,
-        "norm_kwargs": None,
-        "block_type": None,
-        "qk_norm": False,
-        "scaled_cosine_attn": False,
-        "scale_heads": False,
-        "scale_attn_inner": False,
-        "scale_attn": False,
-        "scale_fc": False,
         "hf_model_name": None,
     },
 }

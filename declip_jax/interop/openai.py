@@ -2,12 +2,14 @@
 bias (then it is a linear layer there, otherwise a bare matrix)."""
 
 from declip_jax.interop.parts import IMAGE, blocks, linear, norm
-from declip_jax.interop.tables import SAME, Entry, Layout
+from declip_jax.interop.tables import SAME, Entry, Layout, Transform
 
 # Sizes that OpenAI's archives hold as arrays. They tell these from the others' files.
 SIZES = ("input_resolution", "context_length", "vocab_size")
 
 
+# open_clip may have it as an array of one.
+_SCALE = Transform("", lambda x: x.reshape(()), lambda x: x)
 # The causal mask is a constant.
 _IGNORED = (r".*\.num_batches_tracked", r"(.*\.)?attn_mask", "|".join(SIZES))
 
@@ -26,7 +28,7 @@ def layout(kind: str, proj_bias: bool = False) -> Layout:
                 if proj_bias
                 else [Entry("params/text/proj/kernel", "text_projection", SAME)]
             ),
-            Entry("params/logit_scale", "logit_scale", SAME),
+            Entry("params/logit_scale", "logit_scale", _SCALE),
         ),
         ignored=_IGNORED,
     )

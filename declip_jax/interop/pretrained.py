@@ -108,6 +108,8 @@ def of_arrays(
         known = huggingface.from_config(configs["config.json"])
     elif found == "open_clip" and "open_clip_config.json" in configs:
         known = open_clip.from_config(configs["open_clip_config.json"])
+    elif format == "open_clip":
+        known = {"activation": "gelu"}  # where its configuration says nothing else
     for name, value in flatten_dict(dict(known), sep=".").items():
         section, _, field = name.rpartition(".")
         if value is not None and name in (*unknown, "text.eot_id"):

@@ -53,6 +53,11 @@ def adapt(model: Pretrained, format: str) -> tuple[Pretrained, list[str]]:
             "something else.\n  " + "\n  ".join(problems) + "\nopen_clip's format takes any model."
         )
 
+    if format == "open_clip" and model.short_side != image["resolution"]:
+        notes.append(
+            f"the run's evaluation resizes the short side to {model.short_side} pixels before the "
+            f"crop; open_clip will resize it to the crop's {image['resolution']}"
+        )
     heads = sorted({*variables["params"]} - {*TOWERS})
     if heads and format != "declip":
         notes.append(f"left out, since only DeCLIP's format has them: {', '.join(heads)}")
