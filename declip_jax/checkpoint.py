@@ -73,6 +73,13 @@ class Checkpoints:
         finally:
             logging.set_verbosity(verbosity)
 
+    @classmethod
+    def of_run(cls, workdir: Path) -> "Checkpoints":
+        """Those of a run, to read. Raises CheckpointError if there is none."""
+        if not (workdir / "checkpoints").is_dir():
+            raise CheckpointError(f"{workdir} holds no checkpoints: train there first.")
+        return cls(workdir, read_only=True)
+
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 

@@ -17,13 +17,13 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from absl import logging
 from ml_collections import ConfigDict
 
 from declip_jax import initial
@@ -32,7 +32,9 @@ from declip_jax.encode import Encoder
 from declip_jax.evals import sets, suite, suites
 from declip_jax.evals.cache import Cache
 from declip_jax.evals.results import Results
-from declip_jax.interop.pretrained import FORMATS, resized
+from declip_jax.interop.architecture import config_of
+from declip_jax.interop.fitting import resized
+from declip_jax.interop.pretrained import FORMATS
 from declip_jax.methods.base import encoders
 from declip_jax.metrics import duration, table
 from declip_jax.parallel.mesh import make_mesh, replicated
@@ -75,9 +77,7 @@ def load(workdir: Path, step: str = "newest", preprocess: str | None = None) -> 
     Raises:
       ValueError: no workdir, no checkpoint, or none of that step.
     """
-    if not (workdir / "checkpoints").is_dir():
-        raise ValueError(f"{workdir} holds no checkpoints: train there first.")
-    checkpoints = Checkpoints(workdir, read_only=True)
+    checkpoints = Checkpoints.of_run(workdir)
     chosen = checkpoints.find(step)
     record = checkpoints.record(chosen)
     config = ConfigDict(record["config"])
@@ -119,13 +119,14 @@ def _devices(sizes: dict[str, int]) -> list[jax.Device]:
 
 
 class Imported(NamedTuple):
-    """What to evaluate of another program, as `WORKDIR/imported.json` keeps it for the report.
+    """What of another program was evaluated in a workdir, as `WORKDIR/imported.json` keeps it.
 
     Attributes:
       path: of the weights, or of a folder with them.
       format: one of `interop.pretrained.FORMATS`; "": told by the names.
       image_size, context: to fit the positions to; 0: the model's.
       preprocess: in place of what goes with the weights.
+      digest: of the model, "" before it was read.
     """
 
     path: str
@@ -133,23 +134,39 @@ class Imported(NamedTuple):
     image_size: int = 0
     context: int = 0
     preprocess: str = ""
+    digest: str = ""
 
     @classmethod
     def of(cls, workdir: Path) -> "Imported":
-        """What was evaluated last in a workdir."""
-        return cls(**json.loads((workdir / IMPORTED).read_text(encoding="utf-8")))
+        """What was evaluated in a workdir. Raises ValueError if its file is damaged."""
+        file = workdir / IMPORTED
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is not what evaluate writes ({error}).") from error
 
     def keep(self, workdir: Path) -> None:
+        """Writes it down. Raises ValueError if the workdir has scores of another model."""
+        file = workdir / IMPORTED
+        if (workdir / "checkpoints").is_dir():
+            raise ValueError(f"--workdir={workdir} is a run's: give --init one of its own.")
+        if file.exists() and (before := Imported.of(workdir)).digest != self.digest:
+            raise ValueError(
+                f"--workdir={workdir} has scores of another model ({before.path}, or what it was "
+                "then): give --init one of its own."
+            )
         workdir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self._asdict(), indent=1) + "\n"
-        (workdir / IMPORTED).write_text(text, encoding="utf-8")
+        part = file.with_name(file.name + ".part")
+        part.write_text(json.dumps(self._asdict(), indent=1) + "\n", encoding="utf-8")
+        os.replace(part, file)
 
 
 def load_imported(imported: Imported) -> Trained:
     """Loads weights of another program.
 
     Raises:
-      ValueError: what `initial.read` refuses, or a model whose activation function is not known.
+      ValueError: what `initial.read` refuses, a model whose activation function is not known, or
+        one that has changed since `imported` was written.
     """
     model = initial.complete(initial.read(imported.path, imported.format))
     print(f"{model.describe()}.", file=sys.stderr)
@@ -157,14 +174,15 @@ def load_imported(imported: Imported) -> Trained:
     context = imported.context or model.model["text"]["context"]
     model, notes = resized(model, resolution, context)
     protocol = imported.preprocess or initial.protocol(model)
-    notes.append(f"preprocessing: {protocol!r}")
-    for note in notes:
+    for note in (*model.notes, *notes, f"preprocessing: {protocol!r}"):
         print(f"  {note}", file=sys.stderr)
-    how = dict(dtype="float32", scan=True, remat="none", attention="xla", heads={})
+    digest = model.digest()
+    if imported.digest not in ("", digest):
+        raise ValueError(f"{imported.path} has changed since it was evaluated.")
     config = ConfigDict(
         dict(
             method=model.method,
-            model={**model.model, **how},
+            model=config_of(model.model),
             image_mean=model.mean,
             image_std=model.std,
             data=dict(source="", mixture=()),
@@ -172,6 +190,7 @@ def load_imported(imported: Imported) -> Trained:
             eval=dict(
                 batch_size=256,
                 preprocess=protocol,
+                short_side=model.short_side,
                 data_dir="data",
                 zeroshot=dict(source="", split="test", templates=("a photo of a {}.",)),
                 retrieval=dict(source="", split="test", prefix=""),
@@ -184,7 +203,7 @@ def load_imported(imported: Imported) -> Trained:
     encoder = Encoder(encoders(config), config, mesh).use(params, extra)
     state = TrainState(step=0, params=params, opt_state=None, extra=extra, ema=None, rng=None)
     record = {"samples": 0, "config": json.loads(to_json(config))}
-    return Trained(config, encoder, 0, model.digest(), record, None, state)
+    return Trained(config, encoder, 0, digest, record, None, state)
 
 
 def evaluate(
@@ -328,7 +347,6 @@ def main() -> None:
         parser.error(f"--{given[0].replace('_', '-')} is for --init")
     if args.init and args.step != "newest":
         parser.error("--step is for a run's --workdir")
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read
     try:
         if args.init:
             args.workdir = args.workdir or Path("runs") / initial.name_of(Path(args.init))
@@ -339,12 +357,8 @@ def main() -> None:
                 args.context or 0,
                 args.preprocess or "",
             )
-            if (args.workdir / "checkpoints").is_dir():
-                raise ValueError(
-                    f"--workdir={args.workdir} is a run's: give --init one of its own."
-                )
             trained = load_imported(imported)
-            imported.keep(args.workdir)
+            imported._replace(digest=trained.digest).keep(args.workdir)
         else:
             trained = load(args.workdir, args.step, args.preprocess)
         if args.data_dir:

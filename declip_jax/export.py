@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from declip_jax import initial
 from declip_jax.data.pipeline import eval_images
 from declip_jax.data.sources import open_source
-from declip_jax.data.tokenizer import tokenize
+from declip_jax.data.tokenizer import EOT, tokenize
 from declip_jax.interop import pretrained, tables, verify, writing
 from declip_jax.interop.pretrained import FORMATS, Pretrained
 
@@ -30,7 +29,9 @@ _IMAGES = 16  # that a model is verified with, of each kind
 _LIMIT = 1e-4  # a larger difference is a mistake, not rounding
 
 
-def export(model: Pretrained, format: str, output: Path, notes: dict[str, Any]) -> Pretrained:
+def export(
+    model: Pretrained, format: str, output: Path, notes: dict[str, Any]
+) -> tuple[Pretrained, list[str]]:
     """Writes a model into a new folder: all of it, or nothing.
 
     Args:
@@ -40,16 +41,15 @@ def export(model: Pretrained, format: str, output: Path, notes: dict[str, Any]) 
       notes: where the model comes from.
 
     Returns:
-      The model as it was written.
+      The model as it was written, and what changed on the way, in lines.
 
     Raises:
       ValueError: the folder is not empty, or the format cannot hold the model.
     """
+    output = output.resolve()  # a link to an empty folder is one
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output={output} is not empty: nothing was written; choose another.")
     model, changes = writing.adapt(model, format)
-    for change in changes:
-        print(f"Note: {change}.")
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = output.with_name(f"{output.name}.{uuid.uuid4().hex}.tmp")
     folder.mkdir()
@@ -58,7 +58,7 @@ def export(model: Pretrained, format: str, output: Path, notes: dict[str, Any]) 
         folder.rename(output)  # onto an empty folder too, but not onto one with files
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return model
+    return model, changes
 
 
 def check(
@@ -82,7 +82,9 @@ def check(
     if format not in verify.LIBRARIES:
         print("No library that can be installed has this format: compared with nothing else.")
         return
-    kinds = {"random": _random_inputs(model), f"{data} {split}": _real_inputs(model, data, split)}
+    kinds = {"random": _random_inputs(model)}
+    if model.model["text"]["eot_id"] == EOT:  # else texts are not those of our tokenizer
+        kinds[f"{data} {split}"] = _real_inputs(model, data, split)
     found = {}
     for kind, (pixels, tokens) in kinds.items():
         try:
@@ -98,7 +100,7 @@ def check(
     for name in verify.Features._fields:
         print(f"  {name:8}" + "".join(f"{found[kind][name]:>{width + 2}.1e}" for kind in kinds))
     if not all(value <= _LIMIT for values in found.values() for value in values.values()):
-        raise ValueError(f"{folder} does not compute what the model does: see above.")
+        raise ValueError(f"{folder}, which stays, does not compute what the model does: see above.")
 
 
 def _random_inputs(model: Pretrained) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +133,7 @@ def _real_inputs(model: Pretrained, data: str, split: str) -> tuple[np.ndarray, 
 def print_table(format: str, model: Pretrained | None) -> None:
     """Prints the mapping of a format: its entries, or the arrays of a model."""
     if model is not None:
-        rows = list(tables.table(writing.layout_of(model, format), model.variables))
+        rows = list(tables.table(writing.table_of(model, format), model.variables))
     else:
         kinds = ("vit",) if format == "huggingface" else ("vit", "resnet")
         rows = [row for kind in kinds for row in tables.table(pretrained.layout_of(format, kind))]
@@ -183,7 +185,6 @@ def main() -> None:
         parser.error("--init-format is for --init")
     if args.init and (args.step != "newest" or args.ema is not None):
         parser.error("--step and --ema are for --workdir")
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read
     try:
         model, notes = None, {}
         if args.workdir:
@@ -197,7 +198,11 @@ def main() -> None:
             print_table(args.format, adapted)
             return
         print(f"{model.describe()}.")
-        written = export(model, args.format, args.output, notes)
+        for note in model.notes:
+            print(f"Note: {note}.")
+        written, changes = export(model, args.format, args.output, notes)
+        for change in changes:
+            print(f"Note: {change}.")
         sizes = sum(file.stat().st_size for file in args.output.iterdir()) / 1e6
         names = ", ".join(sorted(file.name for file in args.output.iterdir()))
         print(f"Wrote {args.output} ({sizes:,.1f} MB): {names}.")

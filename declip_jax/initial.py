@@ -1,17 +1,22 @@
 """What a run starts from, or an evaluation without a run: the model of a run, or of another
 program's file."""
 
+import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from declip_jax.checkpoint import Checkpoints
 from declip_jax.evals.preprocess import CLIP, IMAGENET, preprocess
 from declip_jax.interop import pretrained
+from declip_jax.interop.fitting import fit
 from declip_jax.interop.pretrained import Pretrained
 from declip_jax.state import TrainState
 
@@ -49,9 +54,7 @@ def read_run(workdir: Path, step: str = "newest", ema: bool | None = None) -> Of
     Raises:
       ValueError: no workdir, no such checkpoint, a damaged one.
     """
-    if not (workdir / "checkpoints").is_dir():
-        raise ValueError(f"{workdir} holds no checkpoints: train there first.")
-    checkpoints = Checkpoints(workdir, read_only=True)
+    checkpoints = Checkpoints.of_run(workdir)
     try:
         chosen = checkpoints.find(step)
         record = checkpoints.record(chosen)
@@ -60,6 +63,9 @@ def read_run(workdir: Path, step: str = "newest", ema: bool | None = None) -> Of
         checkpoints.close()
     config = record["config"]
     sizes = {name: config["model"][name] for name in ("embed_dim", "activation", "image", "text")}
+    side = sizes["image"]["resolution"]
+    if "preprocess" in config["eval"]:  # a field that old runs do not have
+        side = preprocess(ConfigDict(config)).short_side
     model = Pretrained(
         workdir,
         "declip_jax",
@@ -67,10 +73,10 @@ def read_run(workdir: Path, step: str = "newest", ema: bool | None = None) -> Of
         None,
         variables,
         {**sizes, "image": {k: _plain(v) for k, v in sizes["image"].items()}},
-        (),
-        _plain(config["image_mean"]),
-        _plain(config["image_std"]),
-        preprocess(ConfigDict(config)).short_side,
+        unknown=(),
+        mean=_plain(config["image_mean"]),
+        std=_plain(config["image_std"]),
+        short_side=side,
     )
     return OfRun(model, chosen, record)
 
@@ -98,22 +104,22 @@ def complete(model: Pretrained) -> Pretrained:
 
 
 def protocol(model: Pretrained) -> str:
-    """The `config.eval.preprocess` that a complete model's preprocessing is, or is nearest to."""
+    """The `config.eval.preprocess` that a complete model's preprocessing is."""
     side, resolution = model.short_side, model.model["image"]["resolution"]
     if (model.mean, model.std) == CLIP and side == resolution:
         return "openai"
     if (model.mean, model.std) == IMAGENET and side == round(resolution * 256 / 224):
         return "declip"
-    return "train"
+    return "weights"
 
 
 def name_of(path: Path) -> str:
     """What to call weights: a file's name without its endings, or where that says nothing, the
     folder's."""
     path = path.absolute()
-    name = path.name.split(".")[0] if path.is_file() else path.name
-    generic = ("model", "open_clip_model", "pytorch_model", "open_clip_pytorch_model")
-    return path.parent.name if name in generic else name
+    name = re.sub(r"(\.(pt|pth|tar|bin|safetensors))*$", "", path.name)
+    says_nothing = r"(open_clip_)?(pytorch_)?(model|weights|checkpoint|ckpt)"
+    return path.parent.name if path.is_file() and re.fullmatch(says_nothing, name) else name
 
 
 def start(config, init_state: Callable[[], TrainState], say: Callable[[str], Any]) -> TrainState:
@@ -133,7 +139,7 @@ def start(config, init_state: Callable[[], TrainState], say: Callable[[str], Any
     fresh = {"params": state.params}
     if "batch_stats" in state.extra:
         fresh["batch_stats"] = state.extra["batch_stats"]
-    variables, notes = pretrained.fit(given, fresh, config.model, config.init_resize)
+    taken, notes = fit(given, fresh, config.model, config.init_resize)
     here = tuple(config.image_mean), tuple(config.image_std)
     if given.mean and given.std and here != (given.mean, given.std):
         notes.append(
@@ -143,10 +149,19 @@ def start(config, init_state: Callable[[], TrainState], say: Callable[[str], Any
     for note in notes:
         say(f"  {note}")
 
-    def place(value, leaf: jax.Array) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
+    def place(value: np.ndarray, leaf: jax.Array) -> jax.Array:
+        if value.shape == leaf.shape:
+            index = functools.partial(np.ndarray.__getitem__, value)
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, index)
+        # The first rows, of tokens. By a program, since other processes may hold other parts.
+        put = jax.jit(
+            lambda leaf, rows: leaf.at[: len(rows)].set(rows), out_shardings=leaf.sharding
+        )
+        return put(leaf, value)
 
-    variables = jax.tree.map(place, variables, fresh)
+    leaves = flatten_dict(fresh)
+    leaves |= {path: place(value, leaves[path]) for path, value in flatten_dict(taken).items()}
+    variables = unflatten_dict(leaves)
     params = variables.pop("params")
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return state.replace(params=params, ema=ema, extra={**state.extra, **variables})

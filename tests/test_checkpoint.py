@@ -90,6 +90,8 @@ def test_flipped_bytes_on_disk_are_found_and_the_leaf_is_named(tmp_path):
     (other / "state").rename(ours / "state")
     with pytest.raises(CheckpointError, match="is damaged: params/proj/kernel changed"):
         Checkpoints(tmp_path, read_only=True).restore(1, abstract(state(), mesh))
+    with pytest.raises(CheckpointError, match="is damaged: params/proj/kernel changed"):
+        Checkpoints(tmp_path, read_only=True).restore_model(1)
 
 
 def test_moved_values_change_the_fingerprint(tmp_path):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from configs import clip_rn50_yfcc15m, clip_vit_b32_yfcc15m, declip_vit_b32_yfcc15m
 from declip_jax import evaluate, export, initial
@@ -207,6 +208,33 @@ def test_a_run_starts_from_another_run_or_a_file_on_any_mesh(source, run, export
     assert "Starts from" in lines[0] and str(path) in lines[0]
 
 
+def test_rows_of_tokens_that_are_missing_stay_as_they_are(exported, tmp_path):
+    arrays = reading.read(exported).arrays
+    # DeCLIP's order has the mask before the others, OpenAI's has none.
+    export.export(initial.read(exported), "open_clip", tmp_path / "out", {})
+    file = tmp_path / "out" / "open_clip_model.safetensors"
+    arrays = dict(reading.read(file).arrays)
+    arrays["token_embedding.weight"] = arrays["token_embedding.weight"][:-1]
+    safetensors.numpy.save_file(arrays, tmp_path / "cut.safetensors")
+    changes = {"mesh.data": 2, "mesh.fsdp": 4, "init_from": str(tmp_path / "cut.safetensors")}
+    state, lines = start(tiny(declip_vit_b32_yfcc15m, **changes), jax.devices())
+    table = np.asarray(state.params["text"]["token_embedding"]["embedding"])
+    np.testing.assert_array_equal(table[:-1], arrays["token_embedding.weight"])
+    assert not table[-1].any() and not np.any(state.params["projector"]["linear1"]["kernel"])
+    assert any("tokens 49408 … 49408 are not in it" in line for line in lines)
+
+
+def test_a_run_of_a_version_without_preprocess_is_read(tmp_path):
+    config = tiny(clip_vit_b32_yfcc15m)
+    like = Setup(config, jax.devices()[:1]).abstract_state
+    with config.unlocked():
+        del config.eval.preprocess
+    checkpoints = Checkpoints(tmp_path / "old")
+    checkpoints.save(init_state(like)().replace(step=np.int32(1)), 16, "data", config, {})
+    checkpoints.close()
+    assert initial.read_run(tmp_path / "old").model.short_side == 32
+
+
 def test_training_starts_from_it_and_a_restart_does_not(exported, tmp_path, capsys):
     source = tmp_path / "source"
     shutil.copytree(exported, source)
@@ -272,14 +300,53 @@ def test_an_exported_model_scores_as_the_run(run, exported, tmp_path, capsys, mo
     command(report, here, "--out", tmp_path / "alone.html", monkeypatch=monkeypatch)
     assert "come without curves" in (tmp_path / "alone.html").read_text()
 
-    # Another file in the same place replaces nothing.
+    # Positions that were fitted, and a page of it.
+    fitted = tmp_path / "fitted"
+    sizes = ["--image-size", 48, "--context", 20, "--preprocess", "train"]
     command(
-        evaluate, "--init", exported, "--workdir", here, *task, "--image-size", 48, "--context", 20,
-        monkeypatch=monkeypatch,
-    )  # fmt: skip
+        evaluate, "--init", exported, "--workdir", fitted, *task, *sizes, monkeypatch=monkeypatch
+    )
     said = capsys.readouterr()
     assert "interpolated to 6×6" in said.err and "cut to 20" in said.err
-    assert len(list((here / "evaluations").glob("other_step_0_*.json"))) == 1
+    assert '"preprocess": "train"' in said.out
+    command(report, fitted, "--out", tmp_path / "fitted.html", monkeypatch=monkeypatch)
+    assert "width 32, 48 px" in (tmp_path / "fitted.html").read_text()
+
+
+def test_scores_of_one_model_are_not_taken_for_another_s(
+    run, exported, tmp_path, capsys, monkeypatch
+):
+    task = ["--task", "retrieval", "--data", "scenes", "--split", "test"]
+    here = tmp_path / "scores"
+    command(evaluate, "--init", exported, "--workdir", here, *task, monkeypatch=monkeypatch)
+    before = {path.name: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+
+    # The same arrays, other preprocessing; then in the same place as before; then another model.
+    changed = tmp_path / "changed"
+    shutil.copytree(exported, changed)
+    notes = json.loads((changed / "declip_jax.json").read_text())
+    notes["preprocess"] |= {"mean": [0.1, 0.2, 0.3], "short_side": 48}
+    (changed / "declip_jax.json").write_text(json.dumps(notes))
+    other = tmp_path / "other"
+    export.export(initial.read_run(run, step="1").model, "declip", other, {})
+    for source in (changed, other):
+        with pytest.raises(SystemExit, match="has scores of another model"):
+            command(evaluate, "--init", source, "--workdir", here, *task, monkeypatch=monkeypatch)
+    assert before == {path.name: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    changed_scores = tmp_path / "changed_scores"
+    arguments = ["--init", changed, "--workdir", changed_scores]
+    command(evaluate, *arguments, *task, monkeypatch=monkeypatch)
+    assert "weights (48 px, mean (0.1, 0.2, 0.3)" in capsys.readouterr().out
+    shutil.rmtree(changed)
+    with pytest.raises(SystemExit, match=f"{changed_scores}: {changed} does not exist"):
+        command(report, changed_scores, monkeypatch=monkeypatch)
+    shutil.copytree(other, changed)
+    with pytest.raises(SystemExit, match=f"{changed} has changed since it was evaluated"):
+        command(report, changed_scores, monkeypatch=monkeypatch)
+    (changed_scores / "imported.json").write_text('{"weights": 1}')
+    with pytest.raises(SystemExit, match="imported.json is not what evaluate writes"):
+        command(report, changed_scores, monkeypatch=monkeypatch)
 
 
 def test_scores_go_to_a_folder_called_as_the_weights(exported, tmp_path, monkeypatch, capsys):
@@ -290,6 +357,9 @@ def test_scores_go_to_a_folder_called_as_the_weights(exported, tmp_path, monkeyp
     assert (tmp_path / "runs" / "vitb32" / "evaluations" / "step_0.csv").exists()
     assert initial.name_of(exported / "model.safetensors") == "declip"
     assert initial.name_of(exported) == "declip"
+    for name, called in (("v1.5.pt", "v1.5"), ("checkpoint.pth.tar", tmp_path.name)):
+        (tmp_path / name).touch()
+        assert initial.name_of(tmp_path / name) == called
 
 
 def test_evaluate_says_what_is_wrong(run, exported, tmp_path, capsys, monkeypatch):

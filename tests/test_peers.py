@@ -33,6 +33,7 @@ from declip_jax import export, initial, methods  # noqa: E402
 from declip_jax.data.image import resize_centre_crop  # noqa: E402
 from declip_jax.data.tokenizer import EOT, tokenize  # noqa: E402
 from declip_jax.interop import declip, openai, pretrained, reading, tables, verify  # noqa: E402
+from declip_jax.interop.fitting import resized  # noqa: E402
 from declip_jax.parallel.mesh import make_mesh  # noqa: E402
 from declip_jax.train import train  # noqa: E402
 
@@ -481,6 +482,34 @@ def test_an_archive_of_openai_is_read_without_running_it(kind, how, tmp_path, mo
     assert_same_features(model, in_float32(library.CLIP(**ARCHIVES[kind]), expected))
 
 
+@pytest.mark.parametrize("kind", ARCHIVES)
+@pytest.mark.parametrize("size, context", [(96, 20), (32, 14)])
+def test_positions_are_resized_as_open_clip_does(kind, size, context):
+    """Cells of a ResNet it leaves alone."""
+    model_cfg = dict(ARCHIVES[kind], text_cfg=dict(WIDE["text_cfg"], context_length=9))
+    model_cfg["vision_cfg"] = dict(model_cfg["vision_cfg"], image_size=64)
+    torch.manual_seed(0)
+    state = perturbed(library.CLIP(**model_cfg)).state_dict()
+    model = pretrained.of_arrays(
+        {n: x.numpy() for n, x in as_exported(state).items()}, format="openai"
+    )
+    ours, _ = resized(model, size, context)
+    vision_cfg = dict(model_cfg["vision_cfg"], image_size=size)
+    text_cfg = dict(model_cfg["text_cfg"], context_length=context)
+    network = library.CLIP(**dict(model_cfg, vision_cfg=vision_cfg, text_cfg=text_cfg))
+    from open_clip.model import resize_pos_embed, resize_text_pos_embed
+
+    state = dict(state)
+    if kind == "vit":
+        resize_pos_embed(state, network, interpolation="bicubic", antialias=True)
+        image = ours.variables["params"]["image"]["positional_embedding"]
+        theirs = state["visual.positional_embedding"].numpy()
+        np.testing.assert_allclose(image, theirs, atol=1e-5)
+    resize_text_pos_embed(state, network, interpolation="linear", antialias=False)
+    text = ours.variables["params"]["text"]["positional_embedding"]
+    np.testing.assert_allclose(text, state["positional_embedding"].numpy(), atol=1e-5)
+
+
 # --- Files that are no weights --------------------------------------------------------------------
 
 
@@ -545,6 +574,54 @@ def test_no_pickle_of_any_protocol_is_run(protocol, tmp_path):
         with pytest.raises(ValueError, match=file.name):
             pretrained.read(file)
         assert not trace.exists()
+
+
+def test_archives_cannot_grow(tmp_path):
+    """Neither by compression nor by modules that hold one another again and again."""
+    file, packed = tmp_path / "model.pt", tmp_path / "packed.pt"
+    archive(file, WIDE, "script")
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(ValueError, match="packed.pt.*is compressed, which torch never does"):
+        pretrained.read(packed)
+
+    class Leaf(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x * self.weight
+
+    torch.jit.save(torch.jit.script(Leaf()), tmp_path / "leaf.pt")
+
+    def twice(inner, place):
+        """The pickle of a module that holds another as `a`, and the same once more as `b`."""
+        a, b = (b"X\x01\x00\x00\x00" + name for name in (b"a", b"b"))
+        kept = bytes([place])
+        return b"c__torch__\nTwice\n)\x81}(" + a + inner + b"q" + kept + b + b"h" + kept + b"ub"
+
+    with (
+        zipfile.ZipFile(tmp_path / "leaf.pt") as old,
+        zipfile.ZipFile(tmp_path / "twice.pt", "w") as new,
+    ):
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("/data.pkl"):
+                inner = data[2:-1]  # without the protocol and the end
+                for place in (201, 202, 203):
+                    inner = twice(inner, place)
+                data = data[:2] + inner + data[-1:]
+            new.writestr(name, data)
+    assert reading.read(tmp_path / "twice.pt").arrays.keys() == {"a.a.a.weight"}  # and not eight
+
+
+def test_torch_that_would_run_code_all_the_same_is_not_used(tmp_path, monkeypatch):
+    torch.save(FINE, tmp_path / "weights.pt")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(ValueError, match=r"PyTorch 2.5.1\+cpu: before 2.6 a file could run code"):
+        pretrained.read(tmp_path / "weights.pt")
 
 
 def test_an_archive_with_another_program_s_objects_is_refused(tmp_path):

@@ -26,11 +26,14 @@ def preprocess(config) -> Preprocess:
     "declip": the crop is 224 of a short side of 256 pixels (or in that proportion), ImageNet's mean
     and standard deviation. "openai", also open_clip's and ALIP's: the short side is the crop's,
     CLIP's mean and standard deviation. "train": so too, but with those the run trains with.
+    "weights", of another program's weights alone: what they come with, also the short side.
 
     Raises:
       ValueError: another name.
     """
     name, resolution = config.eval.preprocess, config.model.image.resolution
+    if name == "weights" and "short_side" in config.eval:
+        return Preprocess(config.eval.short_side, resolution, config.image_mean, config.image_std)
     if name == "declip":
         return Preprocess(round(resolution * 256 / 224), resolution, *IMAGENET)
     if name == "openai":

@@ -42,9 +42,12 @@ class Shared(NamedTuple):
 def shared(config) -> Shared:
     """Of a run's configuration."""
     seen = preprocess(config)
+    name = config.eval.preprocess
+    if name == "weights":  # each has another, and results say which
+        name += f" ({seen.short_side} px, mean {tuple(seen.mean)}, deviation {tuple(seen.std)})"
     return Shared(
         dict(resolution=seen.resolution, resize=seen.short_side, batch_size=config.eval.batch_size),
-        config.eval.preprocess,
+        name,
         config.eval.data_dir,
         tuple(config.eval.zeroshot.templates),
         config.eval.retrieval.prefix,

@@ -51,8 +51,8 @@ LAYOUT = Layout(
 )
 
 
-def to_config(model: Mapping[str, Any], sot_id: int) -> dict[str, Any]:
-    """config.json of a model: the `model` section of a config, and the id that starts a text."""
+def to_config(model: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a model, from the `model` section of a config."""
     image, text = model["image"], model["text"]
 
     def tower(sizes: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def to_config(model: Mapping[str, Any], sot_id: int) -> dict[str, Any]:
             model_type="clip_text_model",
             vocab_size=text["vocab_size"],
             max_position_embeddings=text["context"],
-            bos_token_id=sot_id,
+            bos_token_id=text["eot_id"] - 1,
             eos_token_id=text["eot_id"],  # the first of it is where the feature is read
             pad_token_id=text["eot_id"],
         ),
@@ -113,13 +113,13 @@ def to_preprocessor_config(preprocess: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json tells that the weights do not: activation, heads and the end token's id.
+    """The `model` section of a config, as far as config.json tells it.
 
     Raises:
       ValueError: settings that our towers do not have, by name.
     """
     if config.get("model_type", "clip") != "clip":
-        raise ValueError(f"config.json has model_type={config['model_type']!r}, expected 'clip'")
+        raise ValueError(f"model_type={config['model_type']!r}, expected 'clip'")
     # What a file leaves out has the library's default.
     image = {"hidden_act": "quick_gelu", "num_attention_heads": 12} | config.get(
         "vision_config", {}
@@ -129,19 +129,58 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     for name, section in (("vision_config", image), ("text_config", text)):
         if section.get("layer_norm_eps", 1e-5) != 1e-5:
-            raise ValueError(f"config.json: {name}.layer_norm_eps must be 1e-5 for our LayerNorm")
+            raise ValueError(
+                f"{name}.layer_norm_eps={section['layer_norm_eps']}, our LayerNorm has 1e-5"
+            )
     activation = image["hidden_act"]
     if activation != text["hidden_act"] or activation not in ("quick_gelu", "gelu"):
         raise ValueError(
-            f"config.json: hidden_act is {activation!r} for images and {text['hidden_act']!r} for "
-            "texts, expected 'quick_gelu' or 'gelu' for both"
+            f"hidden_act is {activation!r} for images and {text['hidden_act']!r} for texts, "
+            "expected 'quick_gelu' or 'gelu' for both"
         )
-    known = {
-        "activation": activation,
-        "image": {"heads": image["num_attention_heads"]},
-        "text": {"heads": text["num_attention_heads"]},
-    }
     # 2 stands for "the largest id of the text" in old files.
-    if text["eos_token_id"] not in (None, 2):
-        known["text"]["eot_id"] = text["eos_token_id"]
-    return known
+    eot_id = None if text["eos_token_id"] in (None, 2) else int(text["eos_token_id"])
+    return {
+        "embed_dim": config.get("projection_dim"),
+        "activation": activation,
+        "image": {
+            "resolution": image.get("image_size"),
+            "patch": image.get("patch_size"),
+            "width": image.get("hidden_size"),
+            "layers": image.get("num_hidden_layers"),
+            "heads": image["num_attention_heads"],
+        },
+        "text": {
+            "vocab_size": text.get("vocab_size"),
+            "eot_id": eot_id,
+            "context": text.get("max_position_embeddings"),
+            "width": text.get("hidden_size"),
+            "layers": text.get("num_hidden_layers"),
+            "heads": text["num_attention_heads"],
+        },
+    }
+
+
+def preprocessing(
+    config: Mapping[str, Any], resolution: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Mean, standard deviation and short side of preprocessor_config.json, and what of it we do
+    otherwise, in lines."""
+    size, notes = config.get("size", resolution), []
+    if isinstance(size, Mapping) and "shortest_edge" not in size:
+        notes.append(
+            f"size={dict(size)}: here the short side is resized, then the centre is cropped"
+        )
+        size = resolution
+    side = int(size["shortest_edge"] if isinstance(size, Mapping) else size)
+    crop = config.get("crop_size", resolution)
+    crop = crop if isinstance(crop, int) else crop.get("height")
+    if crop != resolution:
+        notes.append(f"crop_size={crop}: here the crop is the model's {resolution}")
+    if config.get("resample", 3) != 3:
+        notes.append(f"resample={config['resample']}: here it is bicubic, 3")
+    for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        if config.get(name, True) is not True:
+            notes.append(f"{name}={config[name]}: here it is done")
+    told = {"mean": config.get("image_mean"), "std": config.get("image_std")}
+    return {**told, "short_side": max(side, resolution)}, tuple(notes)

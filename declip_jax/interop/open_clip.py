@@ -30,6 +30,8 @@ _FIXED = {
     "text_cfg": {
         **_BLOCKS,
         "hf_tokenizer_name": None,
+        "tokenizer_mode": None,
+        "tokenizer_kwargs": None,
         "embed_cls": False,
         "no_causal_mask": False,
         "pool_type": "argmax",
@@ -47,7 +49,7 @@ _FREE = {
     ),
     "text_cfg": (
         *("context_length", "vocab_size", "width", "heads", "layers", "proj_bias"),
-        *("output_tokens", "pad_id", "eos_id", "tokenizer_mode", "tokenizer_kwargs"),
+        *("output_tokens", "pad_id", "eos_id"),
         *("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
     ),
     "": ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "custom_text", "init_logit_scale"),
@@ -92,27 +94,59 @@ def to_config(model: Mapping[str, Any], mean, std) -> dict[str, Any]:
 
 
 def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What open_clip_config.json tells that the weights do not: activation and heads.
+    """The `model` section of a config, as far as open_clip_config.json tells it.
 
     Raises:
       ValueError: settings that our towers do not have, by name.
     """
     config = config.get("model_cfg", config)
-    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    vision, text = config["vision_cfg"], config["text_cfg"]
     for name, section in (("", config), ("vision_cfg", vision), ("text_cfg", text)):
         fixed = _FIXED.get(name, {})
         for field, value in section.items():
             path = f"{name}.{field}".lstrip(".")
             if field in fixed and value != fixed[field]:
                 raise ValueError(
-                    f"open_clip_config.json: {path}={value!r} is another architecture, expected "
-                    f"{fixed[field]!r}"
+                    f"{path}={value!r} is another architecture, expected {fixed[field]!r}"
                 )
             if field not in fixed and field not in _FREE[name]:
-                raise ValueError(f"open_clip_config.json: {path}={value!r} is not known here")
-    channels = vision["width"] * (32 if isinstance(vision["layers"], list) else 1)
+                raise ValueError(f"{path}={value!r} is not known here")
+    # What a file leaves out has the library's default.
+    width, layers = vision.get("width", 768), vision.get("layers", 12)
+    is_resnet = isinstance(layers, list | tuple)
+    size = vision.get("image_size")
     return {
+        "embed_dim": config.get("embed_dim"),
         "activation": "quick_gelu" if config.get("quick_gelu") else "gelu",
-        "image": {"heads": channels // vision.get("head_width", 64)},
-        "text": {"heads": text.get("heads", 8)},
+        "image": {
+            "resolution": size[0] if isinstance(size, list) else size,
+            "width": width,
+            "layers": layers,
+            "heads": (32 * width if is_resnet else width) // vision.get("head_width", 64),
+            **({} if is_resnet else {"patch": vision.get("patch_size", 16)}),
+        },
+        "text": {
+            "context": text.get("context_length", 77),
+            "vocab_size": text.get("vocab_size", 49408),
+            "width": text.get("width", 512),
+            "layers": text.get("layers", 12),
+            "heads": text.get("heads", 8),
+            "proj_bias": text.get("proj_bias", False),
+        },
     }
+
+
+def preprocessing(
+    config: Mapping[str, Any] | None, resolution: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Mean, standard deviation and short side of a preprocess_cfg, and what of it we do otherwise,
+    in lines."""
+    config, notes = config or {}, []
+    size = config.get("size", resolution)
+    if (size[0] if isinstance(size, list) else size) != resolution:
+        notes.append(f"preprocess_cfg.size={size}: here it is the model's {resolution}")
+    for name, ours in (("resize_mode", "shortest"), ("interpolation", "bicubic")):
+        if config.get(name, ours) != ours:
+            notes.append(f"preprocess_cfg.{name}={config[name]!r}: here it is {ours!r}")
+    told = {"mean": config.get("mean"), "std": config.get("std"), "short_side": resolution}
+    return told, tuple(notes)

@@ -9,7 +9,7 @@ SIZES = ("input_resolution", "context_length", "vocab_size")
 
 
 # open_clip may have it as an array of one.
-_SCALE = Transform("", lambda x: x.reshape(()), lambda x: x)
+_SCALE = Transform("[] or [1] -> []", lambda x: x.reshape(()), lambda x: x)
 # The causal mask is a constant.
 _IGNORED = (r".*\.num_batches_tracked", r"(.*\.)?attn_mask", "|".join(SIZES))
 

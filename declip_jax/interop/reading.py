@@ -45,17 +45,18 @@ class Weights(NamedTuple):
     configs: dict[str, dict[str, Any]]
 
 
-def read(path: Path) -> Weights:
+def read(path: Path, format: str = "") -> Weights:
     """Reads a file of weights, or the one in a folder.
 
     Args:
       path: a safetensors file; one that torch.save wrote, or torch.jit.save (which needs torch);
         or a folder with one.
+      format: whose file to take in a folder that has those of several; "": the first of WEIGHTS.
 
     Raises:
       ValueError: nothing there, a damaged file, one with objects besides arrays, or torch missing.
     """
-    file = _weights_file(path)
+    file = _weights_file(path, format)
     with open(file, "rb") as stream:
         start = stream.read(9)
     # By what it is, not what it is called: a zip, a pickle, or a length and JSON.
@@ -82,14 +83,20 @@ def strip_prefixes(arrays: dict[str, Any]) -> dict[str, Any]:
     return arrays
 
 
-def _weights_file(path: Path) -> Path:
+def _weights_file(path: Path, format: str) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
         raise ValueError(f"{path} does not exist: expected a file of weights or a folder with one.")
-    for name in WEIGHTS:
+    # Those called after the format first, then in the order above.
+    for name in sorted(WEIGHTS, key=lambda name: not (format and name.startswith(format))):
         if (path / name).is_file():
             return path / name
+    if shards := sorted(path.glob("*.index.json")):
+        raise ValueError(
+            f"{path} holds weights in several files ({shards[0].name}), which are not read: save "
+            "the model in one file."
+        )
     suffixes = (".safetensors", ".pt", ".pth", ".bin", ".tar")
     files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
     if len(files) == 1:
@@ -141,9 +148,14 @@ def _read_torch(file: Path, read) -> dict[str, np.ndarray]:
         import torch
     except ImportError as error:
         raise ValueError(
-            f"{file} is a PyTorch file, and reading it needs PyTorch (pip install torch). "
+            f"{file} is a PyTorch file, and reading it needs PyTorch (pip install 'torch>=2.6'). "
             "Safetensors files need nothing."
         ) from error
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise ValueError(
+            f"{file} is a PyTorch file, and this is PyTorch {torch.__version__}: before 2.6 a file "
+            "could run code even when only weights were asked for (pip install 'torch>=2.6')."
+        )
     try:
         found = read(torch, file)
     except Exception as error:  # of any kind, where a pickle is damaged
@@ -194,9 +206,12 @@ def _read_torchscript(torch, file: Path) -> dict[str, Any]:
     data = io.BytesIO()
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(data, "w") as copy:
         root = archive.namelist()[0].split("/")[0]
-        for name in archive.namelist():
+        for entry in archive.infolist():
             # Without constants.pkl, by which torch knows them, it is an archive of torch.save.
+            name = entry.filename
             if re.fullmatch(r"data\.pkl|data/\d+|version|byteorder", name[len(root) + 1 :]):
+                if entry.compress_type != zipfile.ZIP_STORED:  # might be of any size
+                    raise ValueError(f"{name} is compressed, which torch never does")
                 copy.writestr(name, archive.read(name))
     data.seek(0)
     names = torch.serialization.get_unsafe_globals_in_checkpoint(data)
@@ -206,10 +221,13 @@ def _read_torchscript(torch, file: Path) -> dict[str, Any]:
     with torch.serialization.safe_globals(modules + lists):
         module = torch.load(data, map_location="cpu", weights_only=True)
 
+    seen = set()  # once each: some could hold one another in 2^n ways
+
     def flat(module: _Module, prefix: str = "") -> dict[str, Any]:
         arrays = {}
         for name, value in vars(module).items():
-            if isinstance(value, _Module):
+            if isinstance(value, _Module) and id(value) not in seen:
+                seen.add(id(value))
                 arrays |= flat(value, f"{prefix}{name}.")
             elif isinstance(value, torch.Tensor):
                 arrays[prefix + name] = value

@@ -12,7 +12,7 @@ layer. Where theirs is several names, one array of ours is theirs one below the 
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -81,9 +81,17 @@ def load(layout: Layout, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]
 
     Raises:
       ValueError: names that the layout does not know, layers or parts that are missing between
-        others, and arrays of another shape or type, all of them listed.
+        others, arrays of another shape or type and values that are no numbers, all of them listed.
     """
-    problems = {"missing": [], "unexpected": [], "of another shape or type": []}
+    problems = {
+        name: []
+        for name in (
+            "missing",
+            "unexpected",
+            "of another shape or type",
+            "with infinite values or NaN",
+        )
+    }
     found: dict[str, dict[tuple[int, int], np.ndarray]] = {}  # by path; (layer, part)
     entries: dict[str, tuple[Entry, dict[str, str]]] = {}
     patterns = [
@@ -105,6 +113,9 @@ def load(layout: Layout, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]
             continue
         groups = match.groupdict()
         path = entry.ours.format(**groups)
+        if entry.stacked and int(groups["i"]) >= len(state_dict):  # more layers than arrays
+            problems["unexpected"].append(name)
+            continue
         entries[path] = entry, groups
         found.setdefault(path, {})[int(groups["i"]) if entry.stacked else 0, part] = array
 
@@ -139,7 +150,13 @@ def load(layout: Layout, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]
                 for place, array in sorted(arrays.items())
             ]
             continue
-        flat[tuple(path.split("/"))] = np.asarray(value, np.float32)
+        with np.errstate(over="ignore"):  # what float32 does not hold is told
+            flat[tuple(path.split("/"))] = np.asarray(value, np.float32)
+            problems["with infinite values or NaN"] += [
+                name_of(*place)
+                for place, array in sorted(arrays.items())
+                if not np.isfinite(np.asarray(array, np.float32)).all()
+            ]
     raise_problems(problems)
     return unflatten_dict(flat)
 
@@ -191,9 +208,9 @@ def dump(layout: Layout, variables: Any) -> dict[str, np.ndarray]:
     return state_dict
 
 
-def holds(layout: Layout, path: str) -> bool:
-    """Whether the layout has a name for a variable of ours."""
-    return _find(layout, path) is not None
+def names_of(layout: Layout, paths: Iterable[str]) -> list[str]:
+    """Their names of variables of ours that are not stacked."""
+    return [name for path in paths for name in sum(_place(layout, path, np.zeros(())).names, [])]
 
 
 def table(layout: Layout, variables: Any = None) -> Iterator[tuple[str, str, str]]:
@@ -231,7 +248,7 @@ def _split(name: str) -> list[str]:
 @functools.cache
 def _pattern(name: str) -> re.Pattern:
     # "conv{n}/kernel" -> "conv(?P<n>[0-9]+)/kernel"; re.escape leaves "/" and "_" alone
-    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[0-9]+)", re.escape(name)))
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>0|[1-9][0-9]*)", re.escape(name)))
 
 
 def _find(layout: Layout, path: str) -> tuple[Entry, dict[str, str]] | None:

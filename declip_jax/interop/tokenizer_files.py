@@ -74,11 +74,11 @@ def write_tokenizer(folder: Path, context: int) -> None:
         "split_special_tokens": True,  # no text gives special ids
         **special,
     }
-    _write_json(folder / "vocab.json", vocabulary())
+    write_json(folder / "vocab.json", vocabulary())
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), "utf-8")
-    _write_json(folder / "special_tokens_map.json", special, indent=2)
-    _write_json(folder / "tokenizer_config.json", config, indent=2)
-    _write_json(folder / "tokenizer.json", _tokenizer_json(pairs))
+    write_json(folder / "special_tokens_map.json", special, indent=2)
+    write_json(folder / "tokenizer_config.json", config, indent=2)
+    write_json(folder / "tokenizer.json", _tokenizer_json(pairs))
 
 
 @functools.cache
@@ -278,5 +278,6 @@ def _escaped(characters: Iterable[str]) -> str:
     return "".join(rf"\x{{{ord(c):x}}}" for c in characters)
 
 
-def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Writes a value as a file of JSON."""
     path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", "utf-8")

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from ml_collections import ConfigDict
 
 from declip_jax.interop import open_clip, openai, pretrained
+from declip_jax.interop.architecture import config_of, towers_of
 from declip_jax.interop.pretrained import Pretrained
 from declip_jax.models.two_towers import TwoTowers, two_towers
 
@@ -46,13 +46,7 @@ def embeddings(
       pixels: float32 [N, H, W, 3], normalised.
       tokens: int32 [M, L].
     """
-    how = dict(dtype="float32", scan=True, remat="none", attention="xla", heads={})
-    towers = two_towers(ConfigDict({**model.model, **how}))
-    variables = {
-        kind: tree
-        for kind, leaves in model.variables.items()
-        if (tree := pretrained.towers_of(leaves))
-    }
+    towers, variables = two_towers(config_of(model.model)), towers_of(model.variables)
 
     @jax.jit
     def encode(variables, pixels, tokens):

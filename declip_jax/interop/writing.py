@@ -1,16 +1,16 @@
 """Models of ours as files of others."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
-from declip_jax.data.tokenizer import SOT
-from declip_jax.interop import huggingface, open_clip, openai, pretrained, tables
-from declip_jax.interop.pretrained import ACTIVATIONS, NOTES, TOWERS, Pretrained
-from declip_jax.interop.tokenizer_files import write_tokenizer
+from declip_jax.data.tokenizer import EOT
+from declip_jax.interop import huggingface, open_clip, openai, tables
+from declip_jax.interop.architecture import TOWERS, towers_of
+from declip_jax.interop.pretrained import ACTIVATIONS, NOTES, Pretrained, layout_of
+from declip_jax.interop.tokenizer_files import write_json, write_tokenizer
 
 FILES = {"open_clip": "open_clip_model.safetensors"}  # other formats: model.safetensors
 
@@ -47,10 +47,17 @@ def adapt(model: Pretrained, format: str) -> tuple[Pretrained, list[str]]:
         problems.append(
             f"model.text.vocab_size={text['vocab_size']}, there the end token and the mask are last"
         )
+    # At the largest id of a text its feature is read there; the mask's is in none.
+    argmax = format in ("open_clip", "openai", "alip")
+    if argmax and text["vocab_size"] > text["eot_id"] + 2:
+        problems.append(
+            f"model.text.eot_id={text['eot_id']} of model.text.vocab_size={text['vocab_size']}, "
+            "there a text ends in its largest id"
+        )
     if problems:
         raise ValueError(
             f"{model.source} cannot be written in the format {format!r}: it would compute "
-            "something else.\n  " + "\n  ".join(problems) + "\nopen_clip's format takes any model."
+            "something else.\n  " + "\n  ".join(problems)
         )
 
     if format == "open_clip" and model.short_side != image["resolution"]:
@@ -58,11 +65,12 @@ def adapt(model: Pretrained, format: str) -> tuple[Pretrained, list[str]]:
             f"the run's evaluation resizes the short side to {model.short_side} pixels before the "
             f"crop; open_clip will resize it to the crop's {image['resolution']}"
         )
+    if format == "huggingface" and text["eot_id"] != EOT:
+        notes.append("the tokenizer stays behind: the vocabulary is another one")
     heads = sorted({*variables["params"]} - {*TOWERS})
     if heads and format != "declip":
         notes.append(f"left out, since only DeCLIP's format has them: {', '.join(heads)}")
-        variables = {kind: pretrained.towers_of(tree) for kind, tree in variables.items()}
-        variables = {kind: tree for kind, tree in variables.items() if tree}
+        variables = towers_of(variables)
     if text["proj_bias"] and format in ("huggingface", "openai", "alip"):
         params, shift = _without_bias(variables["params"], format)
         variables = {**variables, "params": params}
@@ -77,8 +85,7 @@ def adapt(model: Pretrained, format: str) -> tuple[Pretrained, list[str]]:
 
 def state_dict(model: Pretrained, format: str) -> dict[str, np.ndarray]:
     """The arrays of an adapted model under the format's names."""
-    layout = layout_of(model, format)
-    arrays = tables.dump(layout, model.variables)
+    arrays = tables.dump(table_of(model, format), model.variables)
     if format == "openai":  # they tell its files from open_clip's and ALIP's
         sizes = model.model["image"]["resolution"], model.model["text"]["context"]
         sizes = (*sizes, model.model["text"]["vocab_size"])
@@ -87,9 +94,10 @@ def state_dict(model: Pretrained, format: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def layout_of(model: Pretrained, format: str) -> tables.Layout:
+def table_of(model: Pretrained, format: str) -> tables.Layout:
+    """The layout that an adapted model is written with."""
     kind, proj_bias = model.model["image"]["kind"], model.model["text"]["proj_bias"]
-    return pretrained.layout_of(format, kind, model.method, proj_bias)
+    return layout_of(format, kind, model.method, proj_bias)
 
 
 def write(folder: Path, model: Pretrained, format: str, notes: dict[str, Any]) -> None:
@@ -112,19 +120,20 @@ def write(folder: Path, model: Pretrained, format: str, notes: dict[str, Any]) -
         "std": model.std,
     }
     if format == "open_clip":
-        _write_json(
+        write_json(
             folder / "open_clip_config.json",
             open_clip.to_config(model.model, model.mean, model.std),
         )
     if format == "huggingface":
-        config = huggingface.to_config(model.model, SOT)
-        _write_json(folder / "config.json", config)
-        _write_json(
+        config = huggingface.to_config(model.model)
+        write_json(folder / "config.json", config)
+        write_json(
             folder / "preprocessor_config.json", huggingface.to_preprocessor_config(preprocess)
         )
-        write_tokenizer(folder, model.model["text"]["context"])
-    told = {"format": format, "method": model.method, "model": model.model}
-    _write_json(folder / NOTES, {**told, "preprocess": preprocess, **notes})
+        if model.model["text"]["eot_id"] == EOT:
+            write_tokenizer(folder, model.model["text"]["context"])
+    told = {"format": format, "weights": file.name, "method": model.method, "model": model.model}
+    write_json(folder / NOTES, {**told, "preprocess": preprocess, **notes})
 
 
 def _without_bias(params: dict[str, Any], format: str) -> tuple[dict[str, Any], float]:
@@ -151,7 +160,3 @@ def _without_bias(params: dict[str, Any], format: str) -> tuple[dict[str, Any], 
         "ln_final": {**text["ln_final"], "bias": after},
     }
     return {**params, "text": text}, float(np.abs(shift).max())
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-from absl import logging
-
 from declip_jax.metrics import table
 from declip_jax.report.page import write_page
 from declip_jax.report.runs import load_runs
@@ -35,7 +33,6 @@ def main() -> None:
         if getattr(args, name) < 1:
             parser.error(f"--{name}={getattr(args, name)} must be at least 1")
     out = args.out or args.workdir[0] / "report.html"
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that it will only read
     try:
         runs = load_runs(args.workdir)
         write_page(runs, out, images=args.images, captions=args.captions)

@@ -118,7 +118,10 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def _load(workdir: Path, name: str, colour: str) -> Run:
     if (workdir / IMPORTED).exists():
-        trained = load_imported(Imported.of(workdir))
+        try:
+            trained = load_imported(Imported.of(workdir))
+        except ValueError as error:
+            raise ValueError(f"{workdir}: {error}") from error
         return Run(workdir, name, colour, {}, trained, _evaluation(workdir))
     metrics = workdir / "metrics.jsonl"
     trained = load(workdir)
