@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +225,55 @@ def test_rows_of_tokens_that_are_missing_stay_as_they_are(exported, tmp_path):
     np.testing.assert_array_equal(table[:-1], arrays["token_embedding.weight"])
     assert not table[-1].any() and not np.any(state.params["projector"]["linear1"]["kernel"])
     assert any("tokens 49408 … 49408 are not in it" in line for line in lines)
+
+
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np
+from configs import declip_vit_b32_yfcc15m
+from declip_jax import initial
+from declip_jax.train import Setup
+config = declip_vit_b32_yfcc15m.get_config("tiny").unlock()
+config.mesh = dict(data=1, fsdp=4)
+config.init_from = sys.argv[3]
+setup = Setup(config.lock(), jax.devices())
+state = initial.start(config, setup.init_state, lambda line: None)
+file = initial.read(config.init_from).variables["params"]["text"]["token_embedding"]["embedding"]
+for shard in state.params["text"]["token_embedding"]["embedding"].addressable_shards:
+    rows = np.asarray(shard.data)
+    np.testing.assert_array_equal(rows[: len(file)], file[(slice(None), *shard.index[1:])])
+    assert len(rows) == len(file) + 1 and rows[-1].any()
+assert state.params["projector"]["linear1"]["kernel"].sharding.mesh.size == 4
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_start_from_a_file(exported, tmp_path):
+    """Each with a part of every array; the mask's row and the heads are new."""
+    model = initial.read(exported)
+    export.export(model, "open_clip", tmp_path / "out", {})
+    arrays = dict(reading.read(tmp_path / "out").arrays)
+    arrays["token_embedding.weight"] = arrays["token_embedding.weight"][:-1]
+    safetensors.numpy.save_file(arrays, tmp_path / "cut.safetensors")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(rank), str(tmp_path / "cut.safetensors")],
+            cwd=Path(__file__).parent.parent,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
 
 
 def test_a_run_of_a_version_without_preprocess_is_read(tmp_path):
