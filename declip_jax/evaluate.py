@@ -202,7 +202,8 @@ def load_imported(imported: Imported) -> Trained:
     params = extra.pop("params")
     encoder = Encoder(encoders(config), config, mesh).use(params, extra)
     state = TrainState(step=0, params=params, opt_state=None, extra=extra, ema=None, rng=None)
-    record = {"samples": 0, "config": json.loads(to_json(config))}
+    told = ("method", "model", "image_mean", "image_std")  # the rest is how it is evaluated here
+    record = {"samples": 0, "config": json.loads(to_json(ConfigDict({n: config[n] for n in told})))}
     return Trained(config, encoder, 0, digest, record, None, state)
 
 

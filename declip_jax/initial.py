@@ -110,7 +110,7 @@ def protocol(model: Pretrained) -> str:
         return "openai"
     if (model.mean, model.std) == IMAGENET and side == round(resolution * 256 / 224):
         return "declip"
-    return "weights"
+    return "train" if side == resolution else "weights"
 
 
 def name_of(path: Path) -> str:

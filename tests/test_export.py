@@ -349,6 +349,7 @@ def test_an_exported_model_scores_as_the_run(run, exported, tmp_path, capsys, mo
     command(report, here, run, "--out", tmp_path / "page.html", monkeypatch=monkeypatch)
     page = (tmp_path / "page.html").read_text()
     assert "unknown: declip is another program" in page and "come without curves" not in page
+    assert "<code>loss.temperature</code>" not in page  # what only one can know is no difference
     command(report, here, "--out", tmp_path / "alone.html", monkeypatch=monkeypatch)
     assert "come without curves" in (tmp_path / "alone.html").read_text()
 

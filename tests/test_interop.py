@@ -495,11 +495,15 @@ def test_what_is_written_is_read_again_as_it_was(format, kind, tmp_path):
     config.model.activation = pretrained.ACTIVATIONS.get(format, "gelu")
     config.model.image.width = 64
     config.model.image.heads = 32 if kind == "resnet" else 1
+    if kind == "resnet":
+        config.model.image.bn_group_size = 4  # of training alone: it goes nowhere
     config.model.text.update(width=64, heads=1)
     model = model_of(config)
     export.export(model, format, tmp_path / "out", {"step": 3})
     read = initial.complete(initial.read(tmp_path / "out"))
     assert_same(read.variables, model.variables)
+    if kind == "resnet":
+        model.model["image"]["bn_group_size"] = 0
     assert read.model == model.model and read.unknown == ()
     assert read.format == format
     assert (read.mean, read.std, read.short_side) == (model.mean, model.std, model.short_side)
@@ -769,4 +773,5 @@ def test_an_unknown_activation_is_asked_for(tmp_path):
     assert initial.protocol(initial.complete(initial.read(path))) == "declip"
     model = initial.complete(initial.read(path))
     assert initial.protocol(model._replace(std=(1, 1, 1))) == "weights"
+    assert initial.protocol(model._replace(std=(1, 1, 1), short_side=16)) == "train"
     assert model.digest() != model._replace(std=(1, 1, 1)).digest()

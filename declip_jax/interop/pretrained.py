@@ -117,7 +117,7 @@ def of_arrays(
         section, _, field = name.rpartition(".")
         ours = model[section] if section else model
         value = tuple(value) if isinstance(value, list) else value
-        if value is None:
+        if value is None or field == "bn_group_size":  # which is of training alone
             continue
         if name in unknown or name == "text.eot_id":
             ours[field] = value
@@ -187,7 +187,8 @@ def _detect(
             f"called {first}, …"
         )
     if format and format != found:
-        raise ValueError(f"the names are those of {found or same_names}, not of {format!r}")
+        names_of = found or " and ".join(same_names)
+        raise ValueError(f"the names are those of {names_of}, not of {format!r}")
     kind = "resnet" if any(name.startswith("visual.attnpool.") for name in names) else "vit"
     return found, method, layout_of(found, kind, method, "text_projection.weight" in names)
 

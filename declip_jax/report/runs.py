@@ -106,12 +106,16 @@ def load_runs(workdirs: Sequence[Path]) -> list[Run]:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """The settings in which runs differ: field, and its value in each run."""
+    """The settings in which runs differ: field, and its value in each run.
+
+    What is not known of another program's weights is no difference.
+    """
     flat = [flatten_dict(run.trained.record["config"], sep=".") for run in runs]
     rows = []
     for field in sorted(set().union(*flat)):
         values = [json.dumps(f[field], ensure_ascii=False) if field in f else "–" for f in flat]
-        if len(set(values)) > 1:
+        known = [v for v, run in zip(values, runs, strict=True) if v != "–" or not run.imported]
+        if len(set(known)) > 1:
             rows.append((field, values))
     return rows
 
