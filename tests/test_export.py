@@ -287,6 +287,7 @@ def test_a_run_of_a_version_without_preprocess_is_read(tmp_path):
     assert initial.read_run(tmp_path / "old").model.short_side == 32
 
 
+@pytest.mark.slow
 def test_training_starts_from_it_and_a_restart_does_not(exported, tmp_path, capsys):
     source = tmp_path / "source"
     shutil.copytree(exported, source)
