@@ -10,6 +10,7 @@ DeCLIP's .pth.tar to Transformers, say.
 """
 
 import argparse
+import itertools
 import shutil
 import sys
 import uuid
@@ -22,7 +23,7 @@ from declip_jax import initial
 from declip_jax.data.pipeline import eval_images
 from declip_jax.data.sources import open_source
 from declip_jax.data.tokenizer import EOT, tokenize
-from declip_jax.interop import pretrained, tables, verify, writing
+from declip_jax.interop import declip, pretrained, tables, verify, writing
 from declip_jax.interop.pretrained import FORMATS, Pretrained
 
 _IMAGES = 16  # that a model is verified with, of each kind
@@ -135,12 +136,9 @@ def print_table(format: str, model: Pretrained | None) -> None:
     if model is not None:
         rows = list(tables.table(writing.table_of(model, format), model.variables))
     else:
-        kinds = ("vit",) if format == "huggingface" else ("vit", "resnet")
-        rows = [row for kind in kinds for row in tables.table(pretrained.layout_of(format, kind))]
-        if format == "open_clip":
-            with_bias = pretrained.layout_of(format, "vit", proj_bias=True)
-            rows += tables.table(with_bias)
-        rows = list(dict.fromkeys(rows))
+        every = itertools.product(("vit", "resnet"), declip.METHODS, (False, True))
+        layouts = (pretrained.layout_of(format, *variant) for variant in every)
+        rows = list(dict.fromkeys(row for layout in layouts for row in tables.table(layout)))
     width = max(len(ours) for ours, _, _ in rows)
     for ours, theirs, change in rows:
         print(f"{ours:<{width}}  {theirs}" + (f"  ({change})" if change else ""))
@@ -169,7 +167,7 @@ def main() -> None:
     parser.add_argument(
         "--list",
         action="store_true",
-        help="only print which array has which name (of all models, or of that of --workdir)",
+        help="only print which array has which name: of all models, or of the one that is named",
     )
     parser.add_argument(
         "--verify",

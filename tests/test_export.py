@@ -141,6 +141,10 @@ def test_lists(run, capsys, monkeypatch):
     assert row in [line.split(maxsplit=2) for line in lines]
     for name in ("text_projection.bias", "visual.layer{stage}.{block}.conv{n}.weight"):
         assert any(line.split()[1] == name for line in lines)
+    command(export, "--format", "declip", "--list", monkeypatch=monkeypatch)
+    names = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    for name in ("encode_text.ln_final.bias", "text_encoder.ln_final.bias", "visual.proj"):
+        assert names.count(name) == 1  # SLIP's text tower has another name
     arguments = ["--format", "huggingface", "--list", "--workdir", run]
     command(export, *arguments, monkeypatch=monkeypatch)
     lines = capsys.readouterr().out.splitlines()

@@ -726,6 +726,8 @@ def test_what_a_file_wants_of_images_and_we_do_otherwise_is_told():
         {"mean": [1, 2, 3], "std": None, "short_side": 48},
         (),
     )
+    found, notes = huggingface.preprocessing({"size": 9}, 16)
+    assert found["short_side"] == 16 and "size=9 is below the crop" in notes[0]
     config = {"resize_mode": "squash", "interpolation": "bilinear", "size": [32, 32]}
     found, notes = open_clip.preprocessing(config, 16)
     for part in ("resize_mode='squash'", "interpolation='bilinear'", "size=[32, 32]"):

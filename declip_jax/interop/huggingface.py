@@ -173,6 +173,8 @@ def preprocessing(
         )
         size = resolution
     side = int(size["shortest_edge"] if isinstance(size, Mapping) else size)
+    if side < resolution:
+        notes.append(f"size={side} is below the crop: here it is the crop's {resolution}")
     crop = config.get("crop_size", resolution)
     crop = crop if isinstance(crop, int) else crop.get("height")
     if crop != resolution:

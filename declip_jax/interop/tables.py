@@ -151,12 +151,13 @@ def load(layout: Layout, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]
             ]
             continue
         with np.errstate(over="ignore"):  # what float32 does not hold is told
-            flat[tuple(path.split("/"))] = np.asarray(value, np.float32)
-            problems["with infinite values or NaN"] += [
-                name_of(*place)
-                for place, array in sorted(arrays.items())
-                if not np.isfinite(np.asarray(array, np.float32)).all()
-            ]
+            flat[tuple(path.split("/"))] = value = np.asarray(value, np.float32)
+            if not np.isfinite(value).all():
+                problems["with infinite values or NaN"] += [
+                    name_of(*place)
+                    for place, array in sorted(arrays.items())
+                    if not np.isfinite(array.astype(np.float32)).all()
+                ]
     raise_problems(problems)
     return unflatten_dict(flat)
 
@@ -178,7 +179,7 @@ def check(layout: Layout | None, variables: Any, like: Any) -> None:
             problems["missing"] += sum(place.names[has[0] :], [])
             problems["unexpected"] += sum(both[leaf.shape[0] :], [])
         elif has != leaf.shape:
-            theirs, expected = (_their_shapes(place, shape)[0] for shape in (has, leaf.shape))
+            theirs, expected = (_their_shape(place, shape) for shape in (has, leaf.shape))
             problems["of another shape or type"] += [
                 f"{name} has shape {theirs}, expected {expected}" for name in sum(place.names, [])
             ]
@@ -265,12 +266,11 @@ def _place(layout: Layout | None, path: str, leaf: Any) -> _Place:
     return _Place(entry, names)
 
 
-def _their_shapes(place: _Place, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Of the parts of one layer, from the shape of ours."""
+def _their_shape(place: _Place, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of each part of a layer, from the shape of ours."""
     ours = jax.ShapeDtypeStruct(shape[1:] if place.entry.stacked else shape, np.float32)
     try:
-        rows, *rest = jax.eval_shape(place.entry.transform.inverse, ours).shape or (None,)
+        whole = jax.eval_shape(place.entry.transform.inverse, ours).shape
     except (ValueError, TypeError):  # so different that the transform does not apply
-        return [ours.shape]
-    count = len(place.entry.parts)
-    return [() if rows is None else (rows // count, *rest)] * count
+        return ours.shape
+    return (whole[0] // len(place.entry.parts), *whole[1:]) if whole else ()
