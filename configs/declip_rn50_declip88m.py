@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     common.set_variant(config, "RN50")
     config.loss.weights = {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn_text": 0.2}
     config.loss.max_scale = 100.0
-    config.loss.logit_scale_range = (3.0, 80.0)  # no upper limit, but exp stays finite
+    config.loss.logit_scale_range = (3.0, 6.0)  # published: no upper limit; see docs/methods.md
     config.data.source = "data/declip88m"
     config.data.workers = 8
     config.data.synonyms = "data/synonyms.json.gz"

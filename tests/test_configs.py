@@ -137,7 +137,7 @@ DECLIP = {
 DECLIP_88M = {
     **DECLIP,
     "data.source": "data/declip88m",
-    "loss.logit_scale_range": (3.0, 80.0),
+    "loss.logit_scale_range": (3.0, 6.0),
     "optim.name": "sgd",
     "optim.momentum": 0.9,
     "optim.peak_lr": 0.2,

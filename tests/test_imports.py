@@ -40,9 +40,13 @@ def imports_at_start(path: Path):
     """Those that importing the module runs."""
     todo = [ast.parse(path.read_text(encoding="utf-8"))]
     for node in todo:
-        if not isinstance(node, ast.FunctionDef | ast.Lambda):
+        if not isinstance(node, ast.FunctionDef | ast.Lambda) and not is_for_types(node):
             todo += ast.iter_child_nodes(node)
     yield from imports_of(todo, path)
+
+
+def is_for_types(node) -> bool:
+    return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
 
 
 def imports_of(nodes, path: Path):
@@ -74,6 +78,19 @@ def test_import_rules(path):
 @pytest.mark.parametrize("name", sorted(USE_TORCH))
 def test_torch_is_imported_where_it_is_needed_alone(name):
     assert "torch" in imports(PACKAGE / name) and "torch" not in imports_at_start(PACKAGE / name)
+
+
+def test_a_run_that_reads_no_tfds_data_does_not_import_tfds():
+    """It takes a second, of every process."""
+    todo = [PACKAGE / f"{command}.py" for command in ("train", "evaluate", "export", "views")]
+    todo += [PACKAGE / "report" / "cli.py", PACKAGE / "data" / "pipeline.py"]
+    for path in todo:  # and what these import at their start, and so on
+        names = list(imports_at_start(path))
+        assert not any(name.startswith("tensorflow_datasets") for name in names), path
+        places = [ROOT.joinpath(*name.split(".")) for name in names]
+        files = [f for p in places for f in (p.with_suffix(".py"), p / "__init__.py")]
+        todo += [file for file in files if file.exists() and file not in todo]
+    assert PACKAGE / "data" / "records.py" in todo and PACKAGE / "evals/sets/__init__.py" in todo
 
 
 def test_no_method_imports_another():

@@ -5,14 +5,18 @@ opens it like any other. A stored record is a `tf.train.Example`. Writing and re
 TFDS' own protocol buffers and need no TensorFlow.
 """
 
+from __future__ import annotations
+
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import tensorflow_datasets as tfds
-from tensorflow_datasets.proto import tf_example_pb2
+# TFDS takes a second to import, and most of a run's processes read no array_record files: here and
+# elsewhere it is imported by what needs it.
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 Record = dict[str, Any]
 
@@ -45,6 +49,8 @@ def features(
     Raises:
       ValueError: two classes have the same name.
     """
+    import tensorflow_datasets as tfds
+
     schema = {
         "image": tfds.features.Image(shape=(None, None, 3)),
         "captions": tfds.features.Sequence(tfds.features.Text()),
@@ -63,6 +69,8 @@ def serialise(record: Record) -> bytes:
     Optional are "label": int and "synthetic": [str, ...]. The same record always gives the same
     bytes.
     """
+    from tensorflow_datasets.proto import tf_example_pb2
+
     example = tf_example_pb2.Example()
     feature = example.features.feature
     feature["image"].bytes_list.value.append(record["image"])
@@ -78,6 +86,8 @@ def serialise(record: Record) -> bytes:
 
 def deserialise(serialised: bytes) -> Record:
     """The inverse of `serialise`; the image stays encoded."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
     feature = tf_example_pb2.Example.FromString(serialised).features.feature
     record = {
         "image": feature["image"].bytes_list.value[0],
@@ -111,6 +121,8 @@ def write_metadata(
     `tfds.folder_dataset.write_metadata` is not used because it insists on describing every shard it
     finds in the directory and writes in place.
     """
+    import tensorflow_datasets as tfds
+
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
             name=name, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=""

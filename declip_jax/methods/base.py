@@ -17,6 +17,8 @@ from declip_jax.models.text import real_tokens
 from declip_jax.models.two_towers import TwoTowers, two_towers
 
 PyTree = Any
+
+_LARGEST_LOG = math.log(float(jnp.finfo(jnp.float32).max))
 Batch = dict[str, jax.Array]
 
 
@@ -139,14 +141,20 @@ def exp_scale(logit_scale: jax.Array, cap: float) -> jax.Array:
     As in the published code the cap changes the value alone: the gradient stays that of exp.
     """
     scale = jnp.exp(logit_scale)
-    return scale + jax.lax.stop_gradient(jnp.minimum(scale, cap) - scale) if cap else scale
+    if not cap:
+        return scale
+    # The difference is exactly 0. Added to the large scale first, the cap would be rounded away.
+    constant = jax.lax.stop_gradient(scale)
+    return jnp.minimum(constant, cap) + (scale - constant)
 
 
 def logit_scale_limits(limits) -> tuple[float, float]:
     """Returns `config.loss.logit_scale_range` as (low, high); raises ValueError if it is not."""
-    if len(limits) != 2 or not limits[0] <= limits[1]:
+    if len(limits) != 2 or not limits[0] <= limits[1] < _LARGEST_LOG:
         raise ValueError(
-            f"config.loss.logit_scale_range={tuple(limits)} must be (low, high), low <= high."
+            f"config.loss.logit_scale_range={tuple(limits)} must be (low, high), low <= high, and "
+            f"high below {_LARGEST_LOG:.1f}, above which exp is no float32 any more; published "
+            "recipes have (3.0, 6.0)."
         )
     return tuple(limits)
 

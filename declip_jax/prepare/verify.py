@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from google.protobuf.message import DecodeError
 
@@ -67,10 +66,12 @@ def verify(args: argparse.Namespace) -> int:
 
 def check_metadata(directory: Path, split: str, manifest: Mapping[str, Any]) -> list[str]:
     """What is wrong with what TFDS reads, or is not the manifest's."""
+    from tensorflow_datasets import builder_from_directory
+
     if (directory / f"{split}.incomplete").exists():
         return [f"{split}.incomplete is there: give prepare's command again to finish"]
     try:
-        info = tfds.builder_from_directory(directory).info
+        info = builder_from_directory(directory).info
     except Exception as error:  # of several kinds
         return [f"dataset_info.json or features.json is missing or damaged ({error!r:.200})"]
     if split not in info.splits:

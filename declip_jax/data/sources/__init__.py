@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
-from tensorflow_datasets import builder_from_directory
 
 from declip_jax.data import records
 from declip_jax.data.sources import paths
 from declip_jax.data.sources.base import Columns, Source
 from declip_jax.data.sources.derived import Mixture, part_of
-from declip_jax.data.sources.prepared import PreparedSource
 
 __all__ = ["Columns", "Mixture", "Source", "open_data", "open_source"]
 
@@ -63,6 +61,8 @@ def open_source(name: str, split: str, columns: Columns = _USUAL, cache: str = "
     if fs.exists(os.path.join(path, "dataset_info.json")):
         if _is_prepared(name):
             _check_no_columns(name, columns)
+            from declip_jax.data.sources.prepared import PreparedSource
+
             return PreparedSource(name, split)
         from declip_jax.data.sources.tfds import TfdsSource
 
@@ -137,6 +137,8 @@ def _check_no_columns(name: str, columns: Columns) -> None:
 
 def _is_prepared(directory: str) -> bool:
     """Whether it has the features that `prepare` writes, by name and kind."""
+    from tensorflow_datasets import builder_from_directory
+
     try:
         present = builder_from_directory(directory).info.features
     except Exception:  # of several kinds, which PreparedSource tells about

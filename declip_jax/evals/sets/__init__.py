@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
-from tensorflow_datasets.core import read_only_builder
 
 from declip_jax.data.sources import Columns, Source, open_source, paths
 
@@ -226,9 +224,12 @@ def _find(known: EvalSet, data_dir: str) -> str:
 
 def _written_by_tfds(name: str, **where: str) -> str:
     """The directory of the newest version of a TFDS data set; "" if there is none."""
-    if name:
-        with contextlib.suppress(tfds.core.registered.DatasetNotFoundError):
-            return os.fspath(read_only_builder.builder_from_files(name, **where).data_path)
+    if not name:
+        return ""
+    from tensorflow_datasets.core import read_only_builder, registered
+
+    with contextlib.suppress(registered.DatasetNotFoundError):
+        return os.fspath(read_only_builder.builder_from_files(name, **where).data_path)
     return ""
 
 
@@ -237,7 +238,7 @@ def _has_labels_alone(place: str) -> bool:
     if not _is_tfds(place):
         return False
     try:
-        return "captions" not in tfds.builder_from_directory(place).info.features
+        return "captions" not in _tfds_info(place).features
     except Exception:  # of several kinds, which `open_source` tells about
         return False
 
@@ -247,6 +248,12 @@ def _is_tfds(place: str) -> bool:
     return fs.isfile(os.path.join(path, "dataset_info.json"))
 
 
+def _tfds_info(place: str) -> Any:
+    from tensorflow_datasets import builder_from_directory
+
+    return builder_from_directory(place).info
+
+
 def _has_split(place: str, word: str) -> bool:
     """Whether data tell splits apart, and have this one.
 
@@ -254,7 +261,7 @@ def _has_split(place: str, word: str) -> bool:
     """
     if _is_tfds(place):
         try:
-            return word in tfds.builder_from_directory(place).info.splits
+            return word in _tfds_info(place).splits
         except Exception:  # of several kinds, which `open_source` tells about
             return True
     fs, path = paths.file_system(place)
