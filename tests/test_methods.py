@@ -32,9 +32,6 @@ every_method = pytest.mark.parametrize("name", WEIGHTS)
 BATCH, CONTEXT, EOT, MASK = 8, 16, 62, 63
 RESNET = dict(kind="resnet", resolution=32, width=8, layers=(1, 1, 1, 1), heads=4, bn_group_size=0)
 
-# Half the time to compile.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def config_of(name, **changes):
     config = common.get_config("tiny").unlock()
@@ -124,7 +121,7 @@ def run(name, devices=1, towers=True, **changes):
             params = jax.tree_util.tree_map_with_path(stop, params)
         return method.loss(params, extra, batch, rng)
 
-    step = jit(jax.value_and_grad(loss, has_aux=True))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     arguments = *variables_of(name), batch_of(method.views), jax.random.key(0)
     (loss, aux), gradients = jax.device_get(step(*arguments))
     gradients = named(gradients)
@@ -318,7 +315,7 @@ def test_microbatches_are_encoded_one_after_the_other():
             features, new = encode(params, extra, batch)
             return jnp.cos(features["rows"]).sum() + features["sum"].sum(), (features, new)
 
-        return jit(jax.grad(loss, has_aux=True))(params)
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
 
     def by_hand(params, extra, batch):
         parts = []
@@ -378,7 +375,7 @@ def test_bfloat16_towers_give_float32_losses(name):
 def test_what_is_contrasted_may_be_the_masked_caption_or_a_whole_one(name):
     method = build(name, **{"loss.contrast_masked": False})
     params, extra = variables_of(name)
-    loss = jit(method.loss)
+    loss = jax.jit(method.loss)
 
     def step(**changed):
         batch = batch_of(method.views, **changed)
@@ -407,7 +404,7 @@ def test_defilip_over_all_pairs_of_views():
     params, extra = variables_of("defilip")
     batch = batch_of(method.views)
     first_pair, all_pairs = (
-        jit(lambda batch, loss=loss: loss(params, extra, batch, None)[1].metrics["filip"])
+        jax.jit(lambda batch, loss=loss: loss(params, extra, batch, None)[1].metrics["filip"])
         for loss in (build("defilip").loss, method.loss)
     )
     pairs = [
@@ -426,8 +423,8 @@ def test_encoders_give_what_the_loss_compares():
     method = build("slip")
     params, extra = variables_of("slip")
     batch = batch_of(method.views)
-    image = jit(method.encode_image)(params, extra, batch["image"][:, 0])
-    text = jit(method.encode_text)(params, extra, batch["tokens"][:, 0])
+    image = jax.jit(method.encode_image)(params, extra, batch["image"][:, 0])
+    text = jax.jit(method.encode_text)(params, extra, batch["tokens"][:, 0])
     for rows in (image, text):
         assert rows.shape == (BATCH, 32) and rows.dtype == jnp.float32
         np.testing.assert_allclose(jnp.linalg.norm(rows, axis=1), 1, rtol=1e-6)
@@ -440,7 +437,7 @@ def test_encoders_give_what_the_loss_compares():
 def test_in_evaluation_an_image_is_by_itself():
     method = build("clip", **{"model.image": RESNET})
     params, extra = draw_variables(method)
-    encode = jit(functools.partial(method.encode_image, params, extra))
+    encode = jax.jit(functools.partial(method.encode_image, params, extra))
     images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
     others = images.copy()
     others[2:] = 3 * images[:2] + 1
@@ -478,17 +475,17 @@ def test_accuracy_is_of_the_nearest_and_of_the_nearest_five():
 def test_support_set_finds_neighbours_of_both_captions_and_then_takes_them_in():
     config = config_of("declip", **{"loss.support_set.neighbours": 2, "loss.block": 8})
     support = base.SupportSet(config, make_mesh(2, 1, jax.devices()[:2]))
-    state = jit(support.init)(jax.random.key(0))
+    state = jax.jit(support.init)(jax.random.key(0))
     assert state["rows"].shape == (64, 32)
     rng = np.random.default_rng(0)
     text, augmented = (
         np.asarray(contrastive.normalise(rng.normal(size=(BATCH, 32)).astype(np.float32)))
         for _ in range(2)
     )
-    found, found_augmented, metrics = jit(support.look_up)(state, text, augmented)
+    found, found_augmented, metrics = jax.jit(support.look_up)(state, text, augmented)
     for queries, neighbours in ((text, found), (augmented, found_augmented)):
         order = np.argsort(-queries @ state["rows"].T, axis=1)[:, :2]
         np.testing.assert_allclose(neighbours, np.asarray(state["rows"])[order], rtol=1e-5)
     assert metrics["nn_replaced"] == 0
-    state = jit(support.enqueue)(state, text, augmented)
+    state = jax.jit(support.enqueue)(state, text, augmented)
     np.testing.assert_array_equal(state["rows"][: 2 * BATCH], np.concatenate([augmented, text]))

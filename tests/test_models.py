@@ -46,9 +46,6 @@ def images(batch, resolution=16, views=1):
 
 TOKENS = np.array([[16, 3, 1, 4, EOT, 0, 0, 0], [16, 5, MASK, 2, 6, 7, EOT, 0]])
 
-# Half the time to compile.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def both(model, images, tokens):
     return model.encode_image(images), model.encode_text(tokens)
@@ -57,7 +54,7 @@ def both(model, images, tokens):
 def initialise(model):
     key = jax.random.key(0, impl="rbg")  # compiles in half the time
     init = functools.partial(model.init, method=both)
-    return jit(init)(key, images(2, model.image.resolution), TOKENS[:, None])
+    return jax.jit(init)(key, images(2, model.image.resolution), TOKENS[:, None])
 
 
 def drawn(tree):
@@ -213,13 +210,13 @@ def stack():
             name=None,
         )
 
-    params = jit(build(True, "none").init)(jax.random.key(0), x)
+    params = jax.jit(build(True, "none").init)(jax.random.key(0), x)
 
     def lower(scan, remat):
         def loss(params, x):
             return jnp.sum(jnp.sin(build(scan, remat).apply(params, x)[0]))
 
-        return jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x)
 
     return lower, lambda scan, remat: lower(scan, remat).compile()(params, x)
 
@@ -261,7 +258,7 @@ def model_and_variables():
     return model, drawn_variables(model)
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def encode_image(model, variables, images):
     """In training mode: features, and the new batch statistics."""
     return model.apply(
@@ -269,7 +266,7 @@ def encode_image(model, variables, images):
     )
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def encode_text(model, variables, tokens):
     return model.apply(variables, tokens, method=TwoTowers.encode_text)
 
@@ -279,7 +276,7 @@ def embed(model, variables, tokens):
     return encode_text(model, variables, tokens[:, None]).embedding[:, 0]
 
 
-@functools.partial(jit, static_argnums=0, static_argnames="views")
+@functools.partial(jax.jit, static_argnums=0, static_argnames="views")
 def train(module, variables, x, **views):
     return module.apply(variables, x, True, **views, mutable=["batch_stats"])
 
@@ -322,7 +319,7 @@ def test_text_is_trimmed_without_a_difference():
     for row, end in zip(tokens, (15, 9, 1), strict=True):
         row[:end], row[end] = np.random.default_rng(end).integers(1, 16, end), EOT
 
-    @jit
+    @jax.jit
     def run(tokens):
         def loss(params):
             features = model.apply(
@@ -441,7 +438,7 @@ def test_what_cudnn_is_given_is_padded_to_an_even_length(causal, length, monkeyp
             y = transformer._attend(*x, causal, implementation)
             return jnp.sin(y).sum(), y
 
-        gradient, y = jit(jax.grad(loss, has_aux=True))(x)
+        gradient, y = jax.jit(jax.grad(loss, has_aux=True))(x)
         return y, gradient
 
     expected = run("xla")
@@ -496,7 +493,7 @@ def test_mlp_equals_numpy(last_norm):
     assert set(updated["batch_stats"]) == {"bn1", "bn2", "bn3"}.intersection(variables["params"])
     # in evaluation each example is by itself
     variables = {"params": variables["params"], **updated}
-    evaluate = jit(functools.partial(mlp.apply, train=False))
+    evaluate = jax.jit(functools.partial(mlp.apply, train=False))
     np.testing.assert_allclose(evaluate(variables, x)[:1], evaluate(variables, x[:1]), atol=1e-6)
 
 
