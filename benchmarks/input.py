@@ -295,7 +295,7 @@ def main() -> None:
     names = [name for name, (_, workers) in PIPELINES.items() if workers <= cores]
     pictures = photographs(args.images, args.count) if args.images else drawn(args.count)
 
-    packages = ("torch", "pillow", "simplejpeg", "opencv-python-headless", "grain", "numpy")
+    packages = "torch pillow simplejpeg opencv-python-headless tokenizers grain numpy".split()
     result = {
         "host": f"{cpu_model()}, {cores} cores, {platform.machine()}",
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},

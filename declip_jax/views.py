@@ -15,19 +15,19 @@ import sys
 import textwrap
 from typing import Any, NamedTuple
 
-import instant_clip_tokenizer
 import jax
 import numpy as np
 from absl import app, flags, logging
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
+from tokenizers import Tokenizer
 
 from declip_jax.augment import augment, check_view
 from declip_jax.data.image import decode
 from declip_jax.data.order import Order
 from declip_jax.data.sources import Source, open_data
-from declip_jax.data.tokenizer import EOT, MASK
+from declip_jax.data.tokenizer import EOT, MASK, WORD_END, build
 from declip_jax.main import parse_flags  # and the flag --config
 from declip_jax.methods import Views
 from declip_jax.train import Setup
@@ -135,19 +135,17 @@ def read_texts(batch: dict[str, np.ndarray], row: int, names: tuple[str, ...]) -
 
 def detokenise(tokens) -> str:
     """Text of ids between SOT and EOT, "[mask]" for MASK; words and marks stand apart."""
-    # Runs, not single ids: one letter can take several.
-    return "".join(
-        "[mask] " * len(run) if run[0] == MASK else _tokenizer().decode(run)
-        for run in (
-            [int(token) for token in run]
-            for _, run in itertools.groupby(tokens, key=lambda token: token == MASK)
-        )
-    ).strip()
+    tokenizer = _tokenizer()
+    spellings = [
+        f"[mask]{WORD_END}" if i == MASK else tokenizer.id_to_token(int(i)) for i in tokens
+    ]
+    # All together, not one by one: a letter can take several.
+    return tokenizer.decoder.decode(spellings).strip()
 
 
 @functools.cache
-def _tokenizer() -> instant_clip_tokenizer.Tokenizer:
-    return instant_clip_tokenizer.Tokenizer()  # takes a moment to build
+def _tokenizer() -> Tokenizer:
+    return build()
 
 
 def draw_page(samples: list[Sample], titles: list[str], out: str) -> None:

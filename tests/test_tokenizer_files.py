@@ -7,12 +7,22 @@ from random import Random
 import ftfy
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
-from declip_jax.data.tokenizer import EOT, SOT, clean, tokenize
-from declip_jax.interop.tokenizer_files import merges, vocabulary, write_tokenizer
+from declip_jax.data.tokenizer import (
+    END,
+    EOT,
+    SOT,
+    START,
+    build,
+    clean,
+    merges,
+    tokenize,
+    vocabulary,
+)
+from declip_jax.interop.tokenizer_files import write_tokenizer
 
 CONTEXT = 77
-START, END = "<|startoftext|>", "<|endoftext|>"
 MARKERS = [
     START,
     END,
@@ -208,10 +218,22 @@ def test_files(folder):
     assert lines[0] == "#version: 0.2" and lines[-1] == ""
     assert [tuple(line.split(" ")) for line in lines[1:-1]] == merges()
     assert vocab == tokenizer["model"]["vocab"] == vocabulary()
-    assert tokenizer["model"]["merges"] == lines[1:-1]
+    assert [tuple(pair) for pair in tokenizer["model"]["merges"]] == merges()
     assert config["model_max_length"] == CONTEXT
     assert config["pad_token"] == special["pad_token"] == END
     assert config["bos_token"] == special["bos_token"] == START
+
+
+def test_it_is_the_trained_tokenizer_behind_rules_for_raw_texts(folder, texts):
+    exported = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    one, other = json.loads(exported.to_str()), json.loads(build().to_str())
+    assert one.pop("normalizer") and other.pop("normalizer") is None
+    assert one == other
+    assert exported.decode([]) == "" and exported.decode([320, 2368]) == "a cat"
+    exported.enable_truncation(CONTEXT)
+    exported.enable_padding(length=CONTEXT, pad_id=0)
+    ids = np.array([encoding.ids for encoding in exported.encode_batch_fast(texts)])
+    _assert_same(ids, tokenize(texts, CONTEXT), texts)
 
 
 def _ids(tokenizer, texts):
@@ -254,6 +276,7 @@ def test_an_auto_tokenizer_gives_the_ids(transformers, folder, texts):
     ids = tokenizer("A dog’s life", truncation=True)["input_ids"]
     assert ids[0] == SOT and ids[-1] == EOT
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a dog 's life"
+    assert tokenizer.decode([SOT, EOT], skip_special_tokens=True) == ""
 
 
 @pytest.mark.parametrize("name", ["CLIPTokenizer", "CLIPTokenizerFast"])

@@ -1,8 +1,9 @@
 """Hugging Face's tokenizer files, which give the ids that a model was trained with.
 
-A `tokenizer.json` holds rules for raw texts. Ours do what `data.tokenizer.clean` does, so that who
-uses a model need not know of the cleaning. A rule replaces what a regular expression matches by a
-constant: there is one for every character that others are spellings of.
+A `tokenizer.json` holds the tokenizer that the model was trained with and, before it, rules for raw
+texts. These do what `data.tokenizer.clean` does, so that who uses a model need not know of the
+cleaning. A rule replaces what a regular expression matches by a constant: there is one for every
+character that others are spellings of.
 
 What such rules cannot do, and where ids therefore differ from those of `data.tokenizer.tokenize`:
 
@@ -11,15 +12,13 @@ What such rules cannot do, and where ids therefore differ from those of `data.to
   to a character whose name is replaced; names of arrows and mathematical symbols that HTML 4 lacks.
 - With a `<` in the text, where ftfy leaves references to Python, names in capitals that only ftfy
   knows (`&EACUTE;`) are replaced all the same, and so is a letter with an accent by reference.
-- Letters that Unicode has had since version 15.1, and sequences of combining marks with one that it
-  has had since version 10.
+- Capitals that Unicode has had for so short a time that either this Python or the library does not
+  know their lower case, and sequences of combining marks with one that it has had since version 10.
 - A string with lone surrogates is an error.
 """
 
-import functools
 import html
 import html.entities
-import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,31 +26,12 @@ from typing import Any
 
 import ftfy
 import ftfy.chardata
-import instant_clip_tokenizer
+from tokenizers import Regex
+from tokenizers.normalizers import NFC, Lowercase, Normalizer, Replace, Sequence, Strip
 
-from declip_jax.data.tokenizer import EOT, MAX_CHARACTERS, SOT
-
-_START, _END = "<|startoftext|>", "<|endoftext|>"
-_WORD_END = "</w>"
-
-# A byte is spelled as a character that can be seen: itself, or for the others from U+0100 on. In
-# this order they are ids 0..255; 256..511 are the same at the end of a word, 512 + n is made by
-# merge n.
-_VISIBLE = [b for b in range(0x100) if chr(b).isprintable() and chr(b) != " "]
-_BYTES = [*_VISIBLE, *(b for b in range(0x100) if b not in _VISIBLE)]
-_SPELLING = {
-    b: chr(b if i < len(_VISIBLE) else 0x100 + i - len(_VISIBLE)) for i, b in enumerate(_BYTES)
-}
-
-# What completes the first and the last character of a token that holds a part of it: as much as
-# this vocabulary has tokens that need it.
-_BEFORE = (b"", b"\xc2", b"\xe1")
-_AFTER = (b"", b"\xbf", b"\xbf\xbf")
+from declip_jax.data.tokenizer import END, MAX_CHARACTERS, START, build, merges, vocabulary
 
 _HTML4 = {html.entities.html5[f"{name};"] for name in html.entities.name2codepoint}
-
-# Words, as `instant_clip_tokenizer` and OpenAI's tokeniser have them.
-_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def write_tokenizer(folder: Path, context: int) -> None:
@@ -61,8 +41,11 @@ def write_tokenizer(folder: Path, context: int) -> None:
       folder: exists.
       context: tokens that the model reads, which texts are cut to when truncation is asked for.
     """
-    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
-    pairs = [" ".join(pair) for pair in merges()]
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    # It has no added tokens: they would be looked for in raw texts. `transformers` adds those that
+    # the configuration names, which turns that off.
+    tokenizer = build()
+    tokenizer.normalizer = Sequence(_rules())
     config = {
         # CLIPTokenizer would, in `transformers` 5, take tokenizer.json's vocabulary but not its
         # rules. This class takes all of it.
@@ -75,113 +58,14 @@ def write_tokenizer(folder: Path, context: int) -> None:
         **special,
     }
     write_json(folder / "vocab.json", vocabulary())
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), "utf-8")
+    lines = ["#version: 0.2", *map(" ".join, merges()), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), "utf-8")
     write_json(folder / "special_tokens_map.json", special, indent=2)
     write_json(folder / "tokenizer_config.json", config, indent=2)
-    write_json(folder / "tokenizer.json", _tokenizer_json(pairs))
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
 
 
-@functools.cache
-def vocabulary() -> dict[str, int]:
-    """Ids by spelling, as OpenAI spells tokens: byte by byte, with `</w>` at the end of a word."""
-    tokenizer = instant_clip_tokenizer.Tokenizer()
-    ids = {byte: i for i, byte in enumerate(_BYTES)}
-    spellings = [_SPELLING[byte] + end for end in ("", _WORD_END) for byte in _BYTES]
-    for i in range(len(spellings), SOT):
-        token, end = _token_bytes(tokenizer, ids, i)
-        spellings.append("".join(_SPELLING[byte] for byte in token) + (_WORD_END if end else ""))
-    return {**{spelling: i for i, spelling in enumerate(spellings)}, _START: SOT, _END: EOT}
-
-
-def _token_bytes(
-    tokenizer: instant_clip_tokenizer.Tokenizer, ids: dict[int, int], token: int
-) -> tuple[bytes, bool]:
-    """A token's bytes, and whether it ends a word."""
-
-    def decode(before: bytes, after: bytes) -> str:
-        return tokenizer.decode([*(ids[b] for b in before), token, *(ids[b] for b in after)])
-
-    before, after = b"", b""
-    # What is no UTF-8 comes out as U+FFFD; but that is a character, too, and has tokens.
-    if "\ufffd" in decode(before, after):
-        around = itertools.product(_BEFORE, _AFTER)
-        before, after = min(around, key=lambda pair: decode(*pair).count("\ufffd"))
-    text = decode(before, after).encode()[len(before) :].removesuffix(after)
-    return text.removesuffix(b" "), text.endswith(b" ")
-
-
-@functools.cache
-def merges() -> list[tuple[str, str]]:
-    """The pairs that byte-pair encoding joins, the first first."""
-    ranks: dict[tuple[str, str], int] = {}
-    # Merge n made its token of what the merges before it leave of the token's characters.
-    for spelling in list(vocabulary())[2 * len(_BYTES) : SOT]:
-        word = spelling.removesuffix(_WORD_END)
-        parts = [*word[:-1], word[-1] + spelling[len(word) :]]
-        while len(parts) > 2:
-            pairs = list(zip(parts, parts[1:], strict=False))
-            i = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
-            parts[i : i + 2] = ["".join(pairs[i])]
-        ranks[parts[0], parts[1]] = len(ranks)
-    return list(ranks)
-
-
-def _tokenizer_json(pairs: list[str]) -> dict[str, Any]:
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        # None: they would be looked for in raw texts. `transformers` adds those of its own
-        # configuration, which turns that off.
-        "added_tokens": [],
-        "normalizer": {"type": "Sequence", "normalizers": _normalizer()},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": _SPLIT},
-                    "behavior": "Removed",
-                    "invert": True,
-                },
-                {**byte_level, "use_regex": False},
-            ],
-        },
-        "post_processor": {
-            "type": "RobertaProcessing",
-            "sep": [_END, EOT],
-            "cls": [_START, SOT],
-            "trim_offsets": False,
-            "add_prefix_space": False,
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                byte_level,
-                {"type": "Replace", "pattern": {"String": _WORD_END}, "content": " "},
-                {"type": "Strip", "content": " ", "start": 0, "stop": 1},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": _END,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": _WORD_END,
-            "fuse_unk": False,
-            "vocab": vocabulary(),
-            "merges": pairs,
-        },
-    }
-
-
-def _normalizer() -> list[dict[str, Any]]:
+def _rules() -> list[Normalizer]:
     """`data.tokenizer.clean` as rules, which are applied one after another.
 
     In their regular expressions, Oniguruma's, `\\K` leaves out of the match what stands before it,
@@ -192,19 +76,19 @@ def _normalizer() -> list[dict[str, Any]]:
     return [
         _replace(rf"\A(?m:.){{{MAX_CHARACTERS}}}\K(?m:.)+", ""),
         _replace(rf"\e\[[\d;]*[a-zA-Z]|[{_escaped(controls)}]", ""),
-        *({**_replace("", to), "pattern": {"String": c}} for c, to in _character_fixes().items()),
+        *(Replace(c, to) for c, to in _character_fixes().items()),
         *_entity_rules(),
-        {"type": "NFC"},
+        NFC(),
         # Python's lower case knows the sigma that ends a word, the library's does not.
         _replace(
             r"(?!\p{Case_Ignorable})\p{Cased}\p{Case_Ignorable}*\KΣ"
             r"(?!(?>\p{Case_Ignorable}*)\p{Cased})",
             "ς",
         ),
-        {"type": "Lowercase"},
+        Lowercase(),
         _replace(r"<(?:start|end)_of_text>|<\|(?:start|end)oftext\|>", " "),
         _replace(rf"[{_escaped(spaces)}]+", " "),
-        {"type": "Strip", "strip_left": True, "strip_right": True},
+        Strip(),
     ]
 
 
@@ -216,7 +100,7 @@ def _character_fixes() -> dict[str, str]:
     return {c: _fixed(c) for c in sorted(candidates) if _fixed(c) != c}
 
 
-def _entity_rules() -> list[dict[str, Any]]:
+def _entity_rules() -> list[Normalizer]:
     """What ftfy and two rounds of `html.unescape` make of character references."""
     # ftfy replaces references that have a semicolon, as often as there are any, and mends what they
     # stand for; but not in a line with a "<" nor after one. Matches follow each other from the
@@ -269,8 +153,8 @@ def _fixed(text: str) -> str:
     return ftfy.fix_text(text, fix_encoding=False, unescape_html=False)
 
 
-def _replace(pattern: str, to: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": to}
+def _replace(pattern: str, to: str) -> Normalizer:
+    return Replace(Regex(pattern), to)
 
 
 def _escaped(characters: Iterable[str]) -> str:
