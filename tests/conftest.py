@@ -1,9 +1,57 @@
-"""What all tests share: devices of a CPU, quick compiling, and a cache of compiled programs."""
+"""What all tests share: devices of a CPU, quick compiling, and runs that are trained once."""
 
 import os
+import shutil
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start, too
-# Eight devices, so that every test of sharding runs on any machine.
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Compiling takes most of the tests' time: leave out what the compiler does for speed.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Eight devices, so that every test of sharding runs on any machine. With JAX_NUM_CPU_DEVICES=1 the
+# tests marked `mesh` are left out, and the others compile faster and keep their programs: on a CPU
+# split into several devices, programs from the cache may wait for ever in their collectives.
+DEVICES = int(os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8"))
+if DEVICES == 1:
+    cache = Path(__file__).parent.parent / ".pytest_cache" / "programs"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def pytest_collection_modifyitems(config, items):
+    if DEVICES == 1:
+        left_out = [item for item in items if item.get_closest_marker("mesh")]
+        items[:] = [item for item in items if not item.get_closest_marker("mesh")]
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make) -> the folder that `make(folder)` filled, for all of xdist's processes.
+
+    Who needs to change it takes a copy.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # that of the session
+
+    def once(name, make) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a `make` that failed
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def declip_run(once) -> Path:
+    """DeCLIP with a moving average, four steps, evaluated at the second and the fourth by a suite."""
+    from tests import runs
+
+    return once("declip_run", runs.train_declip)

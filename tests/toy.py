@@ -1,0 +1,64 @@
+"""A method of two linear layers, for tests of what surrounds a method: it compiles in a second.
+
+Images are their mean color, captions the count of their ids in a few classes. Everything else is
+as in CLIP: the views, the loss, the metrics, the constraint.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from configs import common
+from declip_jax.losses.contrastive import clip_loss, normalise
+from declip_jax.methods import base
+from declip_jax.methods.base import Aux, Method, Views
+
+WIDTH, CLASSES = 16, 32
+
+
+def build(config, mesh) -> Method:
+    contrast = base.contrast(config, mesh)
+    weights = base.check_weights(config.loss.weights, terms=("clip",))
+    limits = base.logit_scale_limits(config.loss.logit_scale_range)
+
+    def init(rng):
+        image, text = jax.random.split(rng)
+        params = {
+            "image": {"kernel": jax.random.normal(image, (3, WIDTH))},
+            "text": {"kernel": jax.random.normal(text, (CLASSES, WIDTH))},
+            "logit_scale": jnp.full((), 2.6),
+        }
+        return params, {}
+
+    def encode_image(params, extra, images):  # [B, H, W, 3] -> [B, WIDTH]
+        return normalise(images.mean(axis=(1, 2)) @ params["image"]["kernel"])
+
+    def encode_text(params, extra, tokens):  # [B, L] -> [B, WIDTH]
+        counts = jax.nn.one_hot(tokens % CLASSES, CLASSES).sum(axis=1)
+        return normalise(counts @ params["text"]["kernel"])
+
+    def loss(params, extra, batch, rng):
+        image = encode_image(params, extra, batch["image"][:, 0])
+        text = encode_text(params, extra, batch["tokens"][:, 0])
+        scale = base.exp_scale(params["logit_scale"], config.loss.max_scale)
+        terms = {"clip": clip_loss(image, text, scale, info_nce=contrast.info_nce)}
+        total = base.weighted_sum(terms, weights)
+        accuracy = base.accuracy(contrast.own_rank(image, text))
+        return total, Aux({"loss": total, **terms, "logit_scale": scale, **accuracy}, extra)
+
+    return Method(
+        views=Views(image=("weak",), text=("caption",)),
+        init=init,
+        loss=loss,
+        project=lambda params: base.clamp_logit_scale(params, limits),
+        encode_image=encode_image,
+        encode_text=encode_text,
+    )
+
+
+def config(**fields):
+    """A run of four steps without evaluation; fields by dotted names, as {"data.source": …}."""
+    config = common.get_config("tiny").unlock()
+    config.method = "toy"
+    config.eval.every = 0
+    config.update_from_flattened_dict(fields)
+    return config.lock()
