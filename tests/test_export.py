@@ -1,6 +1,7 @@
 """The commands that take a model out of this program and into it."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -88,6 +89,18 @@ def test_the_moving_average_is_written_unless_it_is_not_wanted(
     assert notes["ema"] == (ema != "--no-ema") and notes["step"] == 2 and notes["samples"] == 32
     assert notes["preprocess"]["mean"] == [0.485, 0.456, 0.406]
     assert notes["preprocess"]["short_side"] == round(32 * 256 / 224)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660)])
+def test_files_have_the_mode_that_files_get_here(umask, mode, run, tmp_path, monkeypatch):
+    before = os.umask(umask)
+    try:
+        arguments = ["--workdir", run, "--format", "open_clip", "--output", tmp_path / "out"]
+        command(export, *arguments, monkeypatch=monkeypatch)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert "open_clip_model.safetensors" in modes and set(modes.values()) == {mode}
 
 
 def test_a_step_is_chosen(run, tmp_path, monkeypatch):
