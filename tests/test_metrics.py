@@ -87,6 +87,17 @@ def test_progress_on_a_terminal_rewrites_one_line():
     assert len(second) >= len(first)  # nothing of the longer line is left
 
 
+def test_others_write_below_the_line_that_rewrites_itself():
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    progress = metrics.Progress(100, stream)
+    progress.end_line()
+    progress.show(5, SCALARS)
+    progress.end_line()
+    progress.end_line()
+    assert stream.getvalue().count("\n") == 1 and stream.getvalue().endswith("\n")
+
+
 def test_progress_on_a_narrow_terminal_is_one_row_and_keeps_the_time_left(monkeypatch):
     stream = io.StringIO()
     stream.isatty = lambda: True

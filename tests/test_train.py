@@ -269,7 +269,7 @@ def test_frozen_parameters_stay_and_others_move():
     assert not np.array_equal(before["image"]["conv2"]["kernel"], after["image"]["conv2"]["kernel"])
 
 
-def test_batches_of_several_lengths(tmp_path, photographs, monkeypatch):
+def test_batches_of_several_lengths(tmp_path, photographs, monkeypatch, capsys):
     lengths, compilations = [], []
 
     def shard_batch(batch, mesh):
@@ -287,6 +287,10 @@ def test_batches_of_several_lengths(tmp_path, photographs, monkeypatch):
     train(tiny(CLIP, fields), tmp_path)
     assert len(lengths) == 4 and set(lengths) == {16, 24}
     assert len(compilations) == 2
+    said = capsys.readouterr().out
+    assert said.count("Compiling the training step …\n") == 1
+    later = {length for length in lengths if length != lengths[0]}
+    assert f"Compiling the training step for captions of {later.pop()} tokens …" in said
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert len(rows) == 4 and all(row["train/pairs_per_s"] > 0 for row in rows)
 
