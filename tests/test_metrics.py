@@ -109,6 +109,36 @@ def test_progress_on_a_narrow_terminal_is_one_row_and_keeps_the_time_left(monkey
     assert len(line) < 80 and "2d 07:33:20 left" in line
 
 
+@pytest.fixture
+def logging_level():
+    before = metrics.jax.config.jax_logging_level
+    metrics.jax.config.update("jax_logging_level", "NOTSET")
+    yield lambda: metrics.jax.config.jax_logging_level
+    metrics.jax.config.update("jax_logging_level", before)
+
+
+@pytest.mark.parametrize(
+    "backend, setting, silenced",
+    [("cpu", "1", True), ("cpu", None, True), ("cpu", "0", False), ("gpu", "1", False)],
+)
+def test_alarms_are_silenced_on_a_cpu_unless_the_user_wants_a_log(
+    backend, setting, silenced, logging_level, monkeypatch
+):
+    monkeypatch.setattr(metrics.jax, "default_backend", lambda: backend)
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", setting)
+    metrics.silence_alarms()
+    assert (logging_level() == "CRITICAL") == silenced
+
+
+def test_a_level_that_jax_was_given_stays(logging_level, monkeypatch):
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    metrics.jax.config.update("jax_logging_level", "ERROR")
+    metrics.silence_alarms()
+    assert logging_level() == "ERROR"
+
+
 @pytest.mark.parametrize(
     "seconds, text",
     [(5, "0:05"), (65.4, "1:05"), (3725, "1:02:05"), (90061, "1d 01:01:01"), (float("inf"), "?")],
