@@ -378,8 +378,9 @@ class KNN(_Probe):
 def _check_classes(source: Source, split: str) -> None:
     if not source.class_names:
         raise ValueError(
-            f"{source} (split {split!r}) has no classes to choose from: prepare it with `prepare "
-            "imagefolder`, name its label in a set, or evaluate retrieval instead."
+            f"{source} (split {split!r}) has no classes to choose from: prepare it with "
+            "python -m declip_jax.prepare imagefolder, name its label in a set, or evaluate "
+            "retrieval instead."
         )
 
 
