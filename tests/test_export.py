@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from declip_jax import evaluate, export, initial
 from declip_jax.checkpoint import Checkpoints
 from declip_jax.interop import pretrained, reading, verify
 from declip_jax.report import cli as report
+from declip_jax.report.runs import load_runs
 from declip_jax.train import Setup, train
 
 
@@ -382,6 +384,14 @@ def test_an_exported_model_scores_as_the_run(run, exported, tmp_path, capsys, mo
     assert '"preprocess": "train"' in said.out
     command(report, fitted, "--out", tmp_path / "fitted.html", monkeypatch=monkeypatch)
     assert "width 32, 48 px" in (tmp_path / "fitted.html").read_text()
+    # Nothing of it is scored: what the page says to type scores the same model in the same place.
+    shutil.rmtree(fitted / "evaluations")
+    (imported,) = load_runs([fitted])
+    _, _, module, *typed = shlex.split(imported.command())
+    assert module == "declip_jax.evaluate" and not imported.names_sets
+    with pytest.raises(SystemExit, match="no set of the suite is in --data-dir=FOLDER"):
+        command(evaluate, *typed, monkeypatch=monkeypatch)
+    assert len(json.loads((fitted / "evaluations" / "step_0.json").read_text())["absent"]) > 10
 
 
 def test_scores_of_one_model_are_not_taken_for_another_s(

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import sys
 import tarfile
@@ -157,6 +158,18 @@ def test_scores_stand_beside_published_ones(runs):
     assert found.values[cifar] == 66.7 and food in found.values
     assert any("Table 3" in text for text in found.sources)
     assert all(url.startswith("https://arxiv.org") for url in found.sources.values())
+
+
+def test_scores_that_are_missing_come_by_what_the_page_says_to_type(runs):
+    clip = runs[1]
+    typed = ["python", "-m", "declip_jax.evaluate", "--workdir", str(clip.workdir)]
+    assert clip.evaluation is None and shlex.split(clip.command()) == typed
+    config = clip.config.copy_and_resolve_references().unlock()
+    config.eval.retrieval.source = ""  # then only known sets are left
+    other = clip._replace(trained=clip.trained._replace(config=config))
+    assert shlex.split(other.command()) == [*typed, "--suite", "all", "--data-dir", "FOLDER"]
+    step, logged = clip.last_evaluation()
+    assert step == 3 and 0 <= logged["val/retrieval/image_to_text_r1"] <= 1
 
 
 def test_worst_classes_come_first():
