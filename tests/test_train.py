@@ -477,3 +477,6 @@ def test_command_line(arguments, said, tmp_path):
     assert done.returncode != 0 or arguments == ["--help"]
     assert "Traceback" not in done.stderr
     assert said in done.stdout + done.stderr
+    # What is well written is told before JAX, which takes long to start, finds what is wrong.
+    first = "Training configs/quickstart.py:tiny in x: starting JAX …\n"
+    assert done.stdout.startswith(first) == (said == "mesh.data=7")
