@@ -6,6 +6,7 @@ and a fingerprint of every leaf: array files whose bytes were flipped on disk wo
 restored without a word.
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -121,7 +122,7 @@ class Checkpoints:
         data: str,
         config: ConfigDict,
         metrics: dict[str, float],
-    ) -> None:
+    ) -> str:
         """Starts writing `state`; a later `save` or `close` waits for it.
 
         Args:
@@ -130,6 +131,9 @@ class Checkpoints:
           data: changes with the data; their order follows from them.
           config: of the run.
           metrics: of an evaluation at this step, else empty.
+
+        Returns:
+          The checkpoint's digest, see `digest_of`.
         """
         step = int(state.step)
         record = {
@@ -146,6 +150,7 @@ class Checkpoints:
             ),
             metrics=metrics,
         )
+        return digest_of(record)
 
     def record(self, step: int) -> dict[str, Any]:
         """The JSON record of a step: step, samples, data, config, fingerprint."""
@@ -244,6 +249,12 @@ class Checkpoints:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def digest_of(record: dict[str, Any]) -> str:
+    """What tells a checkpoint from all others, of its JSON record: follows from its arrays."""
+    fingerprint = json.dumps(record["fingerprint"], sort_keys=True).encode()
+    return hashlib.blake2b(fingerprint, digest_size=16).hexdigest()
 
 
 def to_json(config: ConfigDict) -> str:

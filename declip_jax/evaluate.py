@@ -1,12 +1,14 @@
 """Evaluate a trained model.
 
+  python -m declip_jax.evaluate --workdir runs/mine
   python -m declip_jax.evaluate --workdir runs/mine --suite declip --data-dir data
   python -m declip_jax.evaluate --workdir runs/mine --task retrieval --data data/mine --split test
   python -m declip_jax.evaluate --init ViT-B-32.pt --suite declip --data-dir data
 
 The model is the newest checkpoint of the workdir (or --step N, or --step best), its moving average
 if it has one. A suite scores many sets: declip, alip, retrieval, all, or a Python file with
-get_suite(). What has been scored before, of the same checkpoint with the same settings and data, is
+get_suite(); without a suite or a task, what config.eval of the run names is scored. What has been
+scored before, during training or here, of the same checkpoint with the same settings and data, is
 not scored again. Scores go to WORKDIR/evaluations/step_N.json and .csv; after a --task alone, the
 last line printed is one JSON object.
 
@@ -14,10 +16,10 @@ last line printed is one JSON object.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -27,7 +29,7 @@ import jax
 from ml_collections import ConfigDict
 
 from declip_jax import initial
-from declip_jax.checkpoint import Checkpoints, to_json
+from declip_jax.checkpoint import Checkpoints, digest_of, to_json
 from declip_jax.encode import Encoder
 from declip_jax.evals import sets, suite, suites
 from declip_jax.evals.cache import Cache
@@ -36,7 +38,7 @@ from declip_jax.interop.architecture import config_of
 from declip_jax.interop.fitting import resized
 from declip_jax.interop.pretrained import FORMATS
 from declip_jax.methods.base import encoders
-from declip_jax.metrics import duration, table
+from declip_jax.metrics import duration, silence_alarms, table
 from declip_jax.parallel.mesh import make_mesh, replicated
 from declip_jax.state import TrainState
 from declip_jax.train import Setup
@@ -95,9 +97,7 @@ def load(workdir: Path, step: str = "newest", preprocess: str | None = None) -> 
     state = checkpoints.restore(chosen, setup.abstract_state)
     checkpoints.close()
     encoder = Encoder(setup.method, config, setup.mesh).use(state.eval_params, state.extra)
-    fingerprint = json.dumps(record["fingerprint"], sort_keys=True).encode()
-    digest = hashlib.blake2b(fingerprint, digest_size=16).hexdigest()
-    return Trained(config, encoder, chosen, digest, record, setup, state)
+    return Trained(config, encoder, chosen, digest_of(record), record, setup, state)
 
 
 def _devices(sizes: dict[str, int]) -> list[jax.Device]:
@@ -248,34 +248,17 @@ def evaluate(
     cache = Cache(None if again else workdir / "evaluations" / "cache", trained.digest)
     found, started = [], time.perf_counter()
     for number, task in enumerate(tasks, 1):
-        identity = json.dumps([trained.digest, task.identity()], sort_keys=True).encode()
-        identity = hashlib.blake2b(identity, digest_size=16).hexdigest()
+        identity = results.identity(task.identity())
         result = None if again else results.find(identity)
         known = result is not None
         if not known:
-            start = time.perf_counter()
             try:
-                metrics, classes = task(trained.encoder, cache)
+                result = suite.score(task, trained.encoder, cache) | {"id": identity}
             except (ValueError, OSError) as error:
                 if len(entries) == 1:
                     raise
                 failed.append(f"{task.name}: {error}")
                 continue
-            title, images = task.title, metrics["images"]
-            if task.images_of_set not in (0, images):
-                title += f" ({images:,} of {task.images_of_set:,} images)"
-            result = {
-                "set": task.set,
-                "title": title,
-                "task": task.task,
-                # Few-shot classification leaves out what classes are too small for.
-                "metric": next(m for m in (task.metric, *task.metrics[::-1]) if m in metrics),
-                "metrics": metrics,
-                "settings": json.loads(json.dumps(task.settings)),
-                "classes": classes,
-                "seconds": round(time.perf_counter() - start, 3),
-                "id": identity,
-            }
             results.add(result)
         found.append(result)
         left = (time.perf_counter() - started) / number * (len(tasks) - number)
@@ -307,8 +290,11 @@ def main() -> None:
     )
     parser.add_argument("--image-size", type=int, help="init: pixels, to fit the positions to")
     parser.add_argument("--context", type=int, help="init: tokens, to fit the positions to")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--suite", help=f"{', '.join(suites.SUITES)}, or a .py file")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--suite",
+        help=f"{', '.join(suites.SUITES)}, or a .py file; default: as in training",
+    )
     what.add_argument("--task", choices=tuple(suite.TASKS), help="of one set alone")
     parser.add_argument("--set", help=f"task: of {', '.join((*sets.NAMES, *sets.RETRIEVAL))}")
     parser.add_argument(
@@ -333,7 +319,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also what is known from before")
     args = parser.parse_args()
     one = {"set", "data", "split", "classes", "templates", "prefix"}
-    if args.suite and (given := [name for name in one if getattr(args, name) is not None]):
+    if not args.task and (given := [name for name in one if getattr(args, name) is not None]):
         parser.error(f"--{given[0]} is for --task")
     if args.task and not (args.set or args.data):
         parser.error("--task needs --set or --data")
@@ -343,12 +329,16 @@ def main() -> None:
         parser.error("--prefix is for --task retrieval")
     if not (args.workdir or args.init):
         parser.error("--workdir or --init is needed")
+    if args.init and not (args.suite or args.task):
+        parser.error("--init needs --suite or --task")
     of_init = ("init_format", "image_size", "context")
     if not args.init and (given := [n for n in of_init if getattr(args, n) is not None]):
         parser.error(f"--{given[0].replace('_', '-')} is for --init")
     if args.init and args.step != "newest":
         parser.error("--step is for a run's --workdir")
+    print(f"Loading {args.init or args.workdir} …", file=sys.stderr, flush=True)
     try:
+        silence_alarms()
         if args.init:
             args.workdir = args.workdir or Path("runs") / initial.name_of(Path(args.init))
             imported = Imported(
@@ -366,8 +356,13 @@ def main() -> None:
             trained.config.eval.data_dir = args.data_dir
         if args.suite:
             entries = suites.load(args.suite)
-        else:
+        elif args.task:
             entries = [_entry(args, trained.config)]
+        elif not (entries := suite.entries_of(trained.config)):
+            raise ValueError(
+                f"config.eval of {args.workdir} names nothing to score (zeroshot.source, "
+                "retrieval.source, suite): say what by --suite or --task."
+            )
         results, failed = evaluate(trained, args.workdir, entries, again=args.again)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -382,13 +377,16 @@ def main() -> None:
         print(f"{where}, by the metric that papers report:")
         rows = {f"{r['title']}, {r['task']}, {r['metric']}": r for r in results}
         print(table({name: r["metrics"][r["metric"]] for name, r in rows.items()}))
-    if args.suite and results:
+    if results and not args.task:
         print(f"All metrics: {args.workdir / 'evaluations'}/step_{trained.step}.json and .csv")
-        print(f"A page of them: python -m declip_jax.report {args.workdir}")
+        print(f"A page of them: python -m declip_jax.report {shlex.quote(str(args.workdir))}")
     if failed:
         sys.exit("error: " + "\nerror: ".join(failed))
     if not results:
-        sys.exit("error: nothing was scored: the data of no set are there; see above.")
+        sys.exit(
+            "error: nothing was scored: no set of the suite is in "
+            f"--data-dir={trained.config.eval.data_dir}; name the folder that has them."
+        )
 
 
 def _entry(args: argparse.Namespace, config) -> dict[str, Any]:

@@ -39,6 +39,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: fields are set as --config.a.b=c")
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    print(f"Training {file} in {_WORKDIR.value}: starting JAX …", flush=True)
     from declip_jax.train import train  # after the flags: --help need not wait for JAX
 
     if not flags.FLAGS["verbosity"].present:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -159,11 +160,33 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._width:
-            self._stream.write("\n")
-            self._width = 0
+        self.end_line()
         self._stream.write(text + "\n")
         self._stream.flush()
+
+    def end_line(self) -> None:
+        """Leaves the line that rewrites itself as it is: others may write after it."""
+        if self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
+
+
+def silence_alarms() -> None:
+    """Keeps XLA's alarms about slow compilation, a screen of text each, from the terminal.
+
+    On a slow machine a training step compiles for minutes, which is told in a line of our own. The
+    alarms are logged in C++ as errors, so with them goes all that C++ logs there short of fatal
+    errors, and what JAX's own logger has; exceptions come as ever. Only on a CPU: with a GPU or TPU
+    an error that C++ alone tells may be why a run fails. The backend is started before, so that why
+    it is the CPU's, as a driver that does not load, is still said.
+
+    JAX_LOGGING_LEVEL and TF_CPP_MIN_LOG_LEVEL in the environment, which JAX heeds, are left alone.
+    """
+    default = jax.default_backend() == "cpu" and jax.config.jax_logging_level in (None, "NOTSET")
+    # jaxlib sets 1 where it is not set.
+    if default and os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        jax.config.update("jax_logging_level", "CRITICAL")
 
 
 def duration(seconds: float) -> str:

@@ -25,10 +25,12 @@ from declip_jax.data.tokenizer import EOT, VOCAB_SIZE
 from declip_jax.encode import Encoder
 from declip_jax.evals import suite
 from declip_jax.evals.preprocess import preprocess
-from declip_jax.metrics import Meter, MetricWriter, Progress, duration, table
+from declip_jax.metrics import Meter, MetricWriter, Progress, duration, silence_alarms, table
 from declip_jax.parallel import rules
 from declip_jax.parallel.mesh import check_batch_size, make_mesh, shard_batch
 from declip_jax.state import TrainState
+
+PARAMETERS = "parameters.txt"  # in the workdir, a table of them
 
 
 def make_init(method: methods.Method, tx: optax.GradientTransformation, config):
@@ -166,6 +168,7 @@ def train(config, workdir: Path) -> TrainState:
       The last state.
     """
     progress = Progress(config.total_steps)
+    silence_alarms()
     if config.compilation_cache:
         # jaxlib 0.10.2: a CPU program that came out of the cache crashes when it is profiled, and
         # with several devices can wait for ever in its collectives.
@@ -179,8 +182,8 @@ def train(config, workdir: Path) -> TrainState:
     setup = Setup(config)
     check_config(config, setup)
     tasks, absent = suite.build(config) if config.eval.every else ([], [])
-    for line in absent:
-        progress.say(f"Not evaluated: {line}")
+    for one in absent:
+        progress.say(f"Not evaluated: {one['task']} on {one['set']}: {one['why']}")
     best_metric = config.checkpoint.best_metric
     check_best_metric(best_metric, tasks)
     source = open_data(config.data)
@@ -189,6 +192,7 @@ def train(config, workdir: Path) -> TrainState:
     data = digest(source)
 
     def first_state() -> TrainState:
+        progress.say("Initializing the parameters …")
         if config.init_from:
             return initial.start(config, setup.init_state, progress.say)
         return setup.init_state()
@@ -219,13 +223,11 @@ def train(config, workdir: Path) -> TrainState:
                 "come than would have come, and some of this epoch come again."
             )
     (workdir / "config.json").write_text(to_json(config), encoding="utf-8")
-    progress.say(clu.parameter_overview.get_parameter_overview(state.params))
-    parameters = int(clu.parameter_overview.count_parameters(state.params))
-    progress.say(
-        f"{config.method}: {parameters:,} parameters, "
-        f"{setup.mesh.size} × {setup.mesh.devices.flat[0].device_kind}, mesh "
-        f"{dict(setup.mesh.shape)}, {len(source):,} records in {source}."
-    )
+    parameters = clu.parameter_overview.get_parameter_overview(state.params)
+    is_first = jax.process_index() == 0  # of the processes, the one that writes such files
+    if is_first:
+        (workdir / PARAMETERS).write_text(parameters + "\n", encoding="utf-8")
+    progress.say(summary(setup, state, source, workdir))
 
     step = int(state.step)
     train_step = setup.jit_train_step()
@@ -259,9 +261,12 @@ def train(config, workdir: Path) -> TrainState:
                 raise
             meter.waited(time.perf_counter() - waiting)
 
+            length = batch["tokens"].shape[-1]
+            if length not in compiled:
+                kind = f" for captions of {length} tokens" if compiled else ""
+                progress.say(f"Compiling the training step{kind} …")
             calling = time.perf_counter()
             state, metrics = train_step(state, shard_batch(batch, setup.mesh))
-            length = batch["tokens"].shape[-1]
             if length not in compiled:  # not a matter of throughput
                 meter.discount(time.perf_counter() - calling)
                 if not compiled:
@@ -280,10 +285,12 @@ def train(config, workdir: Path) -> TrainState:
             scalars = meter.report(step) | batches.metrics()
             progress.show(step, scalars)
             check_finite(scalars, step, workdir)
-            evaluation = {}
+            found, evaluation = [], {}
             if evaluates:
+                progress.end_line()  # the bars of an evaluation clear the line that they are on
                 encoder.use(state.eval_params, state.extra)
-                evaluation, failed = suite.run(tasks, encoder, lambda: interrupt.asked)
+                found, failed = suite.run(tasks, encoder, lambda: interrupt.asked)
+                evaluation = suite.logged(found)
                 for line in failed:
                     progress.say(f"Evaluation failed: {line}")
                 if evaluation:
@@ -295,8 +302,13 @@ def train(config, workdir: Path) -> TrainState:
                     )
             writer.write(step, scalars | evaluation)
             if saves:
-                checkpoints.save(state, samples, data, config, evaluation)
+                digest_saved = checkpoints.save(state, samples, data, config, evaluation)
                 saved = step
+                if evaluates and is_first:
+                    try:
+                        suite.keep(workdir, step, digest_saved, found, absent)
+                    except (ValueError, OSError) as error:
+                        progress.say(f"The scores are in metrics.jsonl alone: {error}")
             meter.restart()
         save_rest()
 
@@ -308,6 +320,25 @@ def train(config, workdir: Path) -> TrainState:
             "checkpoints, metrics.jsonl and TensorBoard events."
         )
     return state
+
+
+def summary(setup: Setup, state: TrainState, source: Source, workdir: Path) -> str:
+    """What a run tells of itself as it starts, in lines."""
+    config, mesh = setup.config, setup.mesh
+    count = clu.parameter_overview.count_parameters
+    parts = {name: int(count(state.params[name])) for name in ("image", "text")}
+    total = int(count(state.params))
+    parts["heads and scales"] = total - sum(parts.values())
+    shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    rows = {
+        "method": f"{config.method}, {config.batch_size:,} pairs a step",
+        "parameters": f"{total:,}: " + ", ".join(f"{n} {size:,}" for n, size in parts.items()),
+        "devices": f"{mesh.size} × {mesh.devices.flat[0].device_kind}, mesh {shape}",
+        "data": f"{len(source):,} records in {source}",
+        "steps": f"{int(state.step):,} of {config.total_steps:,} done",
+        "table": f"{workdir / PARAMETERS} lists the parameters",
+    }
+    return "\n".join(f"  {name:<11} {text}" for name, text in rows.items())
 
 
 class Interrupt:

@@ -1,6 +1,8 @@
 """The commands that take a model out of this program and into it."""
 
 import json
+import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -18,6 +20,7 @@ from declip_jax import evaluate, export, initial
 from declip_jax.checkpoint import Checkpoints
 from declip_jax.interop import pretrained, reading, verify
 from declip_jax.report import cli as report
+from declip_jax.report.runs import load_runs
 from declip_jax.train import Setup, train
 
 
@@ -88,6 +91,18 @@ def test_the_moving_average_is_written_unless_it_is_not_wanted(
     assert notes["ema"] == (ema != "--no-ema") and notes["step"] == 2 and notes["samples"] == 32
     assert notes["preprocess"]["mean"] == [0.485, 0.456, 0.406]
     assert notes["preprocess"]["short_side"] == round(32 * 256 / 224)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660)])
+def test_files_have_the_mode_that_files_get_here(umask, mode, run, tmp_path, monkeypatch):
+    before = os.umask(umask)
+    try:
+        arguments = ["--workdir", run, "--format", "open_clip", "--output", tmp_path / "out"]
+        command(export, *arguments, monkeypatch=monkeypatch)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert "open_clip_model.safetensors" in modes and set(modes.values()) == {mode}
 
 
 def test_a_step_is_chosen(run, tmp_path, monkeypatch):
@@ -369,6 +384,14 @@ def test_an_exported_model_scores_as_the_run(run, exported, tmp_path, capsys, mo
     assert '"preprocess": "train"' in said.out
     command(report, fitted, "--out", tmp_path / "fitted.html", monkeypatch=monkeypatch)
     assert "width 32, 48 px" in (tmp_path / "fitted.html").read_text()
+    # Nothing of it is scored: what the page says to type scores the same model in the same place.
+    shutil.rmtree(fitted / "evaluations")
+    (imported,) = load_runs([fitted])
+    _, _, module, *typed = shlex.split(imported.command())
+    assert module == "declip_jax.evaluate" and not imported.names_sets
+    with pytest.raises(SystemExit, match="no set of the suite is in --data-dir=FOLDER"):
+        command(evaluate, *typed, monkeypatch=monkeypatch)
+    assert len(json.loads((fitted / "evaluations" / "step_0.json").read_text())["absent"]) > 10
 
 
 def test_scores_of_one_model_are_not_taken_for_another_s(

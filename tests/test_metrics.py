@@ -87,6 +87,17 @@ def test_progress_on_a_terminal_rewrites_one_line():
     assert len(second) >= len(first)  # nothing of the longer line is left
 
 
+def test_others_write_below_the_line_that_rewrites_itself():
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    progress = metrics.Progress(100, stream)
+    progress.end_line()
+    progress.show(5, SCALARS)
+    progress.end_line()
+    progress.end_line()
+    assert stream.getvalue().count("\n") == 1 and stream.getvalue().endswith("\n")
+
+
 def test_progress_on_a_narrow_terminal_is_one_row_and_keeps_the_time_left(monkeypatch):
     stream = io.StringIO()
     stream.isatty = lambda: True
@@ -96,6 +107,36 @@ def test_progress_on_a_narrow_terminal_is_one_row_and_keeps_the_time_left(monkey
     metrics.Progress(128_000, stream).show(127_999, scalars)
     line = stream.getvalue().removeprefix("\r")
     assert len(line) < 80 and "2d 07:33:20 left" in line
+
+
+@pytest.fixture
+def logging_level():
+    before = metrics.jax.config.jax_logging_level
+    metrics.jax.config.update("jax_logging_level", "NOTSET")
+    yield lambda: metrics.jax.config.jax_logging_level
+    metrics.jax.config.update("jax_logging_level", before)
+
+
+@pytest.mark.parametrize(
+    "backend, setting, silenced",
+    [("cpu", "1", True), ("cpu", None, True), ("cpu", "0", False), ("gpu", "1", False)],
+)
+def test_alarms_are_silenced_on_a_cpu_unless_the_user_wants_a_log(
+    backend, setting, silenced, logging_level, monkeypatch
+):
+    monkeypatch.setattr(metrics.jax, "default_backend", lambda: backend)
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", setting)
+    metrics.silence_alarms()
+    assert (logging_level() == "CRITICAL") == silenced
+
+
+def test_a_level_that_jax_was_given_stays(logging_level, monkeypatch):
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    metrics.jax.config.update("jax_logging_level", "ERROR")
+    metrics.silence_alarms()
+    assert logging_level() == "ERROR"
 
 
 @pytest.mark.parametrize(

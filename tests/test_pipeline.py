@@ -311,7 +311,7 @@ def test_a_huge_source_needs_no_list_of_its_records():
         ({"text_views": ("augmented",), "eda": ("insert",)}, "config.data.eda=.*'insert'"),
         (
             {"text_views": ("augmented",), "eda": ("synonym",)},
-            r"config.data.synonyms=''.*prepare synonyms.*config.data.eda=\('swap','delete'\)",
+            r"config.data.synonyms=''.*prepare synonyms.*config.data.eda=\"\('swap','delete'\)",
         ),
         ({"text_views": ("synthetic",)}, "numbered has no synthetic captions.*--synthetic-column"),
         ({"shard": (0, 3)}, "batch_size=4.*3"),

@@ -19,3 +19,7 @@ def test_quickstart_learns(tmp_path: Path):
     printed = run_module("report", tmp_path)
     assert "val/zeroshot/top1" in printed
     assert (tmp_path / "report.html").stat().st_size > 1_000_000
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        "has not been scored" not in page and f"{100 * last['val/zeroshot/top1']:.1f}</td>" in page
+    )

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import sys
 import tarfile
@@ -91,11 +92,13 @@ def add_scores(workdir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory) -> list[Path]:
-    """A DeCLIP run with scores and a CLIP run without, both on a shard with a hostile caption."""
+    """A DeCLIP run with scores and a CLIP run with those in metrics.jsonl alone, as runs once were;
+    both on a shard with a hostile caption."""
     folder = tmp_path_factory.mktemp("report")
     shard = write_shard(folder / "shard.tar")
     made = [train_tiny(name, folder / f"{name} <i>$x$ & y", shard) for name in METHODS]
     add_scores(made[0])
+    shutil.rmtree(made[1] / "evaluations")
     return made
 
 
@@ -155,6 +158,18 @@ def test_scores_stand_beside_published_ones(runs):
     assert found.values[cifar] == 66.7 and food in found.values
     assert any("Table 3" in text for text in found.sources)
     assert all(url.startswith("https://arxiv.org") for url in found.sources.values())
+
+
+def test_scores_that_are_missing_come_by_what_the_page_says_to_type(runs):
+    clip = runs[1]
+    typed = ["python", "-m", "declip_jax.evaluate", "--workdir", str(clip.workdir)]
+    assert clip.evaluation is None and shlex.split(clip.command()) == typed
+    config = clip.config.copy_and_resolve_references().unlock()
+    config.eval.retrieval.source = ""  # then only known sets are left
+    other = clip._replace(trained=clip.trained._replace(config=config))
+    assert shlex.split(other.command()) == [*typed, "--suite", "all", "--data-dir", "FOLDER"]
+    step, logged = clip.last_evaluation()
+    assert step == 3 and 0 <= logged["val/retrieval/image_to_text_r1"] <= 1
 
 
 def test_worst_classes_come_first():
@@ -363,7 +378,9 @@ def test_scores_and_published_numbers(page):
     assert rows["CIFAR-10"][:3] == ["top-1", "62.5", "–"] and "66.7" in rows["CIFAR-10"]
     assert rows["Food-101"][:2] == ["top-1", "data absent"]
     assert "62.5" in page.locator("#plot-zeroshot .bartext").all_text_contents()
-    assert "--suite" in page.locator("#scores .note").inner_text()  # CLIP has no scores
+    # CLIP has the numbers of its training alone.
+    assert "image_to_text_r1" in page.locator("#scores pre").inner_text()
+    assert "declip_jax.evaluate --workdir" in page.locator("#scores .note").inner_text()
     sources = page.locator("#scores .sources li").all_inner_texts()
     assert any("ALIP" in source for source in sources)
 

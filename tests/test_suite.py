@@ -152,9 +152,26 @@ def test_a_task_that_fails_or_is_not_waited_for_leaves_the_others(folder):
         suite.task_of(dict(task=name, source=folder), shared()) for name in ("knn", "zeroshot")
     ]
     tasks[0].splits = lambda *_: (_ for _ in ()).throw(ValueError("no luck"))
-    metrics, failed = suite.run(tasks, ByColour())
-    assert failed == [f"{folder}/knn: no luck"] and f"val/{folder}/zeroshot/top1" in metrics
-    assert suite.run(tasks, ByColour(), stop=lambda: True) == ({}, [])
+    found, failed = suite.run(tasks, ByColour())
+    assert failed == [f"{folder}/knn: no luck"]
+    assert suite.logged(found)[f"val/{folder}/zeroshot/top1"] == 1.0
+    assert suite.run(tasks, ByColour(), stop=lambda: True) == ([], [])
+
+
+def test_of_an_interrupted_evaluation_what_was_finished_is_kept(folder, tmp_path):
+    tasks = [
+        suite.task_of(dict(task=name, source=folder), shared()) for name in ("knn", "zeroshot")
+    ]
+    asked = iter((False, True))
+    found, _ = suite.run(tasks, ByColour(), stop=lambda: next(asked))
+    absent = [dict(set="dtd", task="knn", why="not there")]
+    for checkpoint in ("digest", "digest", "another"):  # of a run that came here again, or anew
+        suite.keep(tmp_path, 3, checkpoint, found, absent)
+        results = Results(tmp_path, 3, checkpoint)
+        known, unknown = (results.find(results.identity(task.identity())) for task in tasks)
+        assert known["metrics"]["top1"] == 1.0 and unknown is None
+        read = read_results(results.path)
+        assert len(read["results"]) == 1 and read["absent"] == absent
 
 
 def test_in_training_a_set_and_task_come_once(folder, tmp_path):

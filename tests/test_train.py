@@ -277,7 +277,7 @@ def test_frozen_parameters_stay_and_others_move(toy_config):
     assert not np.array_equal(before["text"]["kernel"], after["text"]["kernel"])
 
 
-def test_batches_of_several_lengths(toy_config, tmp_path, photographs, monkeypatch):
+def test_batches_of_several_lengths(toy_config, tmp_path, photographs, monkeypatch, capsys):
     lengths, compilations = [], []
 
     def shard_batch(batch, mesh):
@@ -295,6 +295,10 @@ def test_batches_of_several_lengths(toy_config, tmp_path, photographs, monkeypat
     train(toy_config(**fields), tmp_path)
     assert len(lengths) == 4 and set(lengths) == {16, 24}
     assert len(compilations) == 2
+    said = capsys.readouterr().out
+    assert said.count("Compiling the training step …\n") == 1
+    later = {length for length in lengths if length != lengths[0]}
+    assert f"Compiling the training step for captions of {later.pop()} tokens …" in said
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert len(rows) == 4 and all(row["train/pairs_per_s"] > 0 for row in rows)
 
@@ -481,3 +485,6 @@ def test_command_line(arguments, said, tmp_path):
     assert done.returncode != 0 or arguments == ["--help"]
     assert "Traceback" not in done.stderr
     assert said in done.stdout + done.stderr
+    # What is well written is told before JAX, which takes long to start, finds what is wrong.
+    first = "Training configs/quickstart.py:tiny in x: starting JAX …\n"
+    assert done.stdout.startswith(first) == (said == "mesh.data=7")

@@ -126,8 +126,8 @@ def load_synonyms(path: str) -> dict[str, list[str]]:
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(
             f"config.data.synonyms={path!r} cannot be read ({error}), and 'synonym' in "
-            "config.data.eda needs it. Write it with python -m declip_jax.prepare synonyms, or do "
-            "without: config.data.eda=('swap','delete')."
+            "config.data.eda needs it. Write it with python -m declip_jax.prepare synonyms "
+            "--wordnet DIR --output FILE, or do without: --config.data.eda=\"('swap','delete')\"."
         ) from error
     return synonyms
 

@@ -1,6 +1,7 @@
 """The scores of a checkpoint, in files that other programs read: one JSON, and the same as CSV."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -36,6 +37,11 @@ class Results:
             else:
                 aside = f"other_step_{step}_{before['checkpoint'][:8]}.json"
                 os.replace(self.path, self.path.with_name(aside))
+
+    def identity(self, task: list[Any]) -> str:
+        """The id of the result of a task, of its `identity()`, for this checkpoint."""
+        described = json.dumps([self._all["checkpoint"], task], sort_keys=True).encode()
+        return hashlib.blake2b(described, digest_size=16).hexdigest()
 
     def find(self, identity: str) -> dict[str, Any] | None:
         """The result that has this id."""

@@ -3,7 +3,10 @@
 import difflib
 import inspect
 import itertools
+import json
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +21,7 @@ from declip_jax.evals.cache import Cache
 from declip_jax.evals.knn import knn
 from declip_jax.evals.preprocess import preprocess
 from declip_jax.evals.probe import few_shot, linear_probe
+from declip_jax.evals.results import Results
 from declip_jax.evals.retrieval import collect, retrieval
 from declip_jax.evals.zeroshot import check_prompts, class_embeddings, per_class, zeroshot
 
@@ -374,8 +378,9 @@ class KNN(_Probe):
 def _check_classes(source: Source, split: str) -> None:
     if not source.class_names:
         raise ValueError(
-            f"{source} (split {split!r}) has no classes to choose from: prepare it with `prepare "
-            "imagefolder`, name its label in a set, or evaluate retrieval instead."
+            f"{source} (split {split!r}) has no classes to choose from: prepare it with "
+            "python -m declip_jax.prepare imagefolder, name its label in a set, or evaluate "
+            "retrieval instead."
         )
 
 
@@ -416,26 +421,38 @@ def _near(word: Any, known) -> str:
     return f"{hint} Expected one of {list(known)}."
 
 
-def build(config) -> tuple[list[Task], list[str]]:
+def sources_of(config) -> list[dict[str, Any]]:
+    """The entries for the sources that `config.eval` names one by one."""
+    return [
+        dict(task=name, source=config.eval[name].source, split=config.eval[name].split)
+        for name in ("zeroshot", "retrieval")
+        if config.eval[name].source
+    ]
+
+
+def entries_of(config) -> list[dict[str, Any]]:
+    """The entries of all that `config.eval` asks for; [] if it asks for nothing."""
+    return sources_of(config) + (suites.load(config.eval.suite) if config.eval.get("suite") else [])
+
+
+def build(config) -> tuple[list[Task], list[dict[str, str]]]:
     """The tasks that `config.eval` asks for during training.
 
     Returns:
-      The tasks, and a line for each entry of `config.eval.suite` whose data are absent.
+      The tasks; and {"set", "task", "why"} of each whose data are absent.
     """
     common = shared(config)
-    tasks = []
-    for name in ("zeroshot", "retrieval"):
-        settings = config.eval[name]
-        if settings.source:
-            task = task_of(dict(task=name, source=settings.source, split=settings.split), common)
-            task.name = name  # there is one of each
-            tasks.append(task)
-    absent = []
-    for entry in suites.load(config.eval.suite) if config.eval.suite else ():
+    tasks, absent = [], []
+    own = len(sources_of(config))
+    for number, entry in enumerate(entries_of(config)):
         try:
-            tasks.append(task_of(entry, common))
+            task = task_of(entry, common)
         except sets.Absent as error:
-            absent.append(f"{entry['task']} on {entry.get('set')}: {error}")
+            absent.append(dict(set=entry["set"], task=entry["task"], why=str(error)))
+        else:
+            if number < own:
+                task.name = task.task  # there is one of each
+            tasks.append(task)
     names = [task.name for task in tasks]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(
@@ -447,9 +464,32 @@ def build(config) -> tuple[list[Task], list[str]]:
     return sorted(tasks, key=lambda task: order[task.set]), absent
 
 
+def score(task: Task, encoder, cache: Cache) -> dict[str, Any]:
+    """What a task finds, as `Results` keeps it, without the id."""
+    start = time.perf_counter()
+    metrics, classes = task(encoder, cache)
+    title, images = task.title, metrics["images"]
+    if task.images_of_set not in (0, images):
+        title += f" ({images:,} of {task.images_of_set:,} images)"
+    return {
+        "set": task.set,
+        "title": title,
+        "task": task.task,
+        # Few-shot classification leaves out what classes are too small for.
+        "metric": next(m for m in (task.metric, *task.metrics[::-1]) if m in metrics),
+        "metrics": metrics,
+        "settings": json.loads(json.dumps(task.settings)),
+        "classes": classes,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+Found = list[tuple[Task, dict[str, Any]]]  # what tasks have found, of `score`
+
+
 def run(
     tasks: Sequence[Task], encoder, stop: Callable[[], bool] = lambda: False
-) -> tuple[dict[str, float], list[str]]:
+) -> tuple[Found, list[str]]:
     """Scores a model in training, which an evaluation that fails does not end.
 
     Args:
@@ -458,19 +498,46 @@ def run(
       stop: asked before each task whether the rest should be left out.
 
     Returns:
-      {"val/zeroshot/top1": …, "val/cifar10/linear_probe/top1": …, …} of every task; and a line for
-      each task that failed.
+      What each task found; and a line for each that failed.
     """
-    metrics, failed = {}, []
+    results, failed = [], []
     for _, group in itertools.groupby(tasks, key=lambda task: task.set):
         cache = Cache()  # features of one set at a time are in memory
         for task in group:
             if stop():
-                return metrics, failed
+                return results, failed
             try:
-                found = task(encoder, cache).metrics
+                results.append((task, score(task, encoder, cache)))
             except (ValueError, OSError) as error:
                 failed.append(f"{task.name}: {error}")
-            else:
-                metrics |= {f"val/{task.name}/{name}": value for name, value in found.items()}
-    return metrics, failed
+    return results, failed
+
+
+def logged(found: Found) -> dict[str, float]:
+    """{"val/zeroshot/top1": …, "val/cifar10/linear_probe/top1": …, …} of every task."""
+    return {
+        f"val/{task.name}/{name}": value
+        for task, result in found
+        for name, value in result["metrics"].items()
+    }
+
+
+def keep(workdir: Path, step: int, checkpoint: str, found: Found, absent: list[dict[str, str]]):
+    """Writes down what was found during training, so that nothing is scored twice.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint that was saved of this model.
+      checkpoint: its digest.
+      found: of `run`: of an evaluation that was interrupted, the tasks that were finished.
+      absent: of `build`.
+
+    Raises:
+      ValueError: the file there is of another kind.
+      OSError: it cannot be written.
+    """
+    results = Results(workdir, step, checkpoint)
+    if absent:
+        results.set_absent(absent)
+    for task, result in found:
+        results.add(result | {"id": results.identity(task.identity())})

@@ -110,8 +110,11 @@ def write(folder: Path, model: Pretrained, format: str, notes: dict[str, Any]) -
       notes: where the model comes from; they go into NOTES, which reading heeds.
     """
     file = folder / FILES.get(format, "model.safetensors")
+    file.touch()
+    mode = file.stat().st_mode
     # Transformers wants to know whose arrays they are.
     safetensors.numpy.save_file(state_dict(model, format), file, metadata={"format": "pt"})
+    file.chmod(mode)  # as files are made here: safetensors lets nobody but their owner read its own
     preprocess = {
         "short_side": model.short_side,
         "resolution": model.model["image"]["resolution"],

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from declip_jax.metrics import table
+from declip_jax.metrics import silence_alarms, table
 from declip_jax.report.page import write_page
 from declip_jax.report.runs import load_runs
 
@@ -14,7 +14,8 @@ _DESCRIPTION = """Show runs on one HTML page, which needs no network.
   python -m declip_jax.report runs/mine runs/other --out report.html
 
 The page has their curves, their scores beside published ones, what they confuse, and what captions
-find: images, and rows of the support set. Scores are those that declip_jax.evaluate has written.
+find: images, and rows of the support set. Scores are those that training and declip_jax.evaluate
+have written.
 """
 
 
@@ -33,13 +34,17 @@ def main() -> None:
         if getattr(args, name) < 1:
             parser.error(f"--{name}={getattr(args, name)} must be at least 1")
     out = args.out or args.workdir[0] / "report.html"
+    print(f"Reading {', '.join(map(str, args.workdir))} …", flush=True)
     try:
+        silence_alarms()
         runs = load_runs(args.workdir)
+        print("Searching images and neighbours, drawing …", flush=True)
         write_page(runs, out, images=args.images, captions=args.captions)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for run in runs:
-        if evaluation := run.last_evaluation():
-            print(f"{run.workdir}, at its last evaluation (step {run.trained.step} is its newest):")
+        step, evaluation = run.last_evaluation()
+        if evaluation:
+            print(f"{run.workdir}, evaluated during training at step {step}:")
             print(table(evaluation))
     print(f"Report: {out} ({os.path.getsize(out) / 1e6:.1f} MB)")

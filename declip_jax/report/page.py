@@ -1,6 +1,5 @@
 """The page itself."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from declip_jax.metrics import table
 from declip_jax.report import examples, figures
 from declip_jax.report.runs import Run, differences
 from declip_jax.report.scores import metric_title, scores, variants, worst_classes
@@ -32,7 +32,6 @@ def write_page(runs: Sequence[Run], out: Path, *, images: int, captions: int) ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["quote"] = shlex.quote
     compared = list(scores(runs))
     text = environment.get_template("page.html").render(
         plotly=Markup(get_plotlyjs()),
@@ -44,6 +43,7 @@ def write_page(runs: Sequence[Run], out: Path, *, images: int, captions: int) ->
             for one in compared
         ],
         metric_title=metric_title,
+        table=table,
         absent={k: why for one in compared for s in one.series for k, why in s.absent.items()},
         images=images,
         sources={text: url for c in compared for s in c.series for text, url in s.sources.items()},

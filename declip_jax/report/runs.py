@@ -1,6 +1,7 @@
 """What the workdirs of runs hold."""
 
 import json
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ class Run(NamedTuple):
       trained: the model.
       evaluation: {"results", "absent"} of all its evaluated steps, see `evals.results`, each result
         with its "step"; of what was scored at several steps, the newest. None without any.
+        Steps after the newest checkpoint's are of a past that this run does not have.
     """
 
     workdir: Path
@@ -51,11 +53,30 @@ class Run(NamedTuple):
     def imported(self) -> bool:
         return self.trained.setup is None
 
-    def last_evaluation(self) -> dict[str, float]:
-        """The metrics of the last evaluation during training; {} if there was none."""
+    def last_evaluation(self) -> tuple[int, dict[str, float]]:
+        """The step and the metrics of the last evaluation in metrics.jsonl; {} without any."""
         values = {name: c for name, c in self.curves.items() if name.startswith("val/")}
         last = max((step for curve in values.values() for step in curve), default=0)
-        return {name: curve[last] for name, curve in values.items() if last in curve}
+        return last, {name: curve[last] for name, curve in values.items() if last in curve}
+
+    @property
+    def names_sets(self) -> bool:
+        """Whether its configuration names what to score."""
+        named = self.config.eval
+        return bool(named.zeroshot.source or named.retrieval.source or named.get("suite"))
+
+    def command(self) -> str:
+        """What is to be typed for scores: of its own sets, or else of those in a folder."""
+        parts = ["python", "-m", "declip_jax.evaluate", "--workdir", str(self.workdir)]
+        if self.imported:
+            given = Imported.of(self.workdir)
+            options = dict(given._asdict(), init=given.path, init_format=given.format)
+            for name in ("init", "init_format", "image_size", "context", "preprocess"):
+                if options[name]:
+                    parts += [f"--{name.replace('_', '-')}", str(options[name])]
+        if not self.names_sets:
+            parts += ["--suite", "all", "--data-dir", "FOLDER"]
+        return shlex.join(parts)
 
     def summary(self) -> dict[str, str]:
         """What the head of the page says of it."""
@@ -126,7 +147,7 @@ def _load(workdir: Path, name: str, colour: str) -> Run:
             trained = load_imported(Imported.of(workdir))
         except ValueError as error:
             raise ValueError(f"{workdir}: {error}") from error
-        return Run(workdir, name, colour, {}, trained, _evaluation(workdir))
+        return Run(workdir, name, colour, {}, trained, _evaluation(workdir, trained.step))
     metrics = workdir / "metrics.jsonl"
     trained = load(workdir)
     # The page needs the model alone, and the optimiser's state is twice as large.
@@ -136,7 +157,7 @@ def _load(workdir: Path, name: str, colour: str) -> Run:
         raise ValueError(
             f"{workdir} has nothing in metrics.jsonl, which training writes: train on."
         )
-    return Run(workdir, name, colour, curves, trained, _evaluation(workdir))
+    return Run(workdir, name, colour, curves, trained, _evaluation(workdir, trained.step))
 
 
 def _read_curves(path: Path) -> Curves:
@@ -147,8 +168,9 @@ def _read_curves(path: Path) -> Curves:
     return {name: dict(sorted(values.items())) for name, values in curves.items()}
 
 
-def _evaluation(workdir: Path) -> dict[str, Any] | None:
+def _evaluation(workdir: Path, newest: int) -> dict[str, Any] | None:
     read = [read_results(path) for path in workdir.glob("evaluations/step_*.json")]
+    read = [one for one in read if one["step"] <= newest]
     results, absent = {}, {}
     for one in sorted(read, key=lambda one: one["step"]):
         for result in one["results"]:
