@@ -51,7 +51,7 @@ def once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def declip_run(once) -> Path:
-    """DeCLIP with a moving average, four steps, evaluated at the second and the fourth by a suite."""
+    """`runs.train_declip`: not to be changed; see `once`."""
     from tests import runs
 
     return once("declip_run", runs.train_declip)

@@ -1,7 +1,6 @@
 """Runs for tests that need one: trained, or checkpoints of random values."""
 
 import contextlib
-import functools
 from pathlib import Path
 
 import cv2

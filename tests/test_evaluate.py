@@ -1,59 +1,41 @@
 """The commands that look at a trained model: evaluate and report."""
 
-import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import jax
 import numpy as np
 import pytest
 
-from configs import quickstart
-from declip_jax import evaluate
+from declip_jax import evaluate, prepare, report
 from declip_jax.data.tokenizer import EOT
 from declip_jax.encode import Encoder
 from declip_jax.report.runs import load_runs
 from declip_jax.report.scores import scores
 from declip_jax.train import train
+from tests import runs
 
 
 @pytest.fixture(scope="module")
-def suite_file(tmp_path_factory) -> Path:
-    """A suite of what is there, what is not, and what cannot be read."""
-    folder = tmp_path_factory.mktemp("suite")
-    (folder / "birds" / "a").mkdir(parents=True)
-    (folder / "birds" / "b").mkdir()
-    cv2.imwrite(str(folder / "birds" / "a" / "1.png"), np.zeros((32, 32, 3), np.uint8))
-    (folder / "birds" / "b" / "broken.jpg").write_bytes(b"\xff\xd8\xff not a photograph")
-    path = folder / "mine.py"
-    path.write_text(
-        "def get_suite():\n"
-        "    return [\n"
-        "        dict(task='zeroshot', source='scenes', split='zeroshot'),\n"
-        "        dict(task='retrieval', source='scenes', split='test', captions_per_image=1),\n"
-        "        dict(task='linear_probe', set='dtd'),\n"
-        f"        dict(task='zeroshot', source={str(folder / 'birds')!r}),\n"
-        "    ]\n"
-    )
-    return path
+def run(declip_run, tmp_path_factory) -> Path:
+    """Four steps, of which two are evaluated and saved: on the scenes, and by the suite."""
+    copy = shutil.copytree(declip_run, tmp_path_factory.mktemp("evaluate") / "declip")
+    return copy / "run"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, suite_file) -> Path:
-    """Two steps, each evaluated and saved: on the scenes, and by the suite."""
-    workdir = tmp_path_factory.mktemp("run")
-    config = quickstart.get_config("tiny").unlock()
-    config.total_steps = 2
-    config.eval.update(every=1, suite=str(suite_file), data_dir=str(suite_file.parent))
-    config.checkpoint.best_metric = "val/scenes/retrieval/text_to_image_r10"
-    with open(workdir / "printed", "w") as printed, contextlib.redirect_stdout(printed):
-        train(config.lock(), workdir)
-    return workdir
+def suite_file(declip_run) -> Path:
+    return declip_run / "suite.py"
+
+
+@pytest.fixture(scope="module")
+def printed(declip_run) -> str:
+    return (declip_run / "printed").read_text()
 
 
 def command(module, *arguments, monkeypatch):
@@ -61,18 +43,26 @@ def command(module, *arguments, monkeypatch):
     module.main()
 
 
+def user_environment() -> dict[str, str]:
+    """Of a user: the tests' own settings make programs that compile fast and run slowly."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+
+
 def run_module(name, *arguments, codes=(0,)) -> str:
     """Runs `python -m declip_jax.NAME` in a process of its own; returns what it printed."""
     done = subprocess.run(
         [sys.executable, "-m", f"declip_jax.{name}", *map(str, arguments)],
         cwd=Path(__file__).parent.parent,
-        # As a user would: the tests' own flags make programs that compile fast and run slowly.
-        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        env=user_environment(),
         capture_output=True,
         text=True,
     )
     assert done.returncode in codes and "Traceback" not in done.stderr, done.stderr
     return done.stdout
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def last_json(text):
@@ -84,20 +74,20 @@ def test_zeroshot_ends_with_json_and_equals_training_s_own(run, capsys, monkeypa
     command(evaluate, *arguments, monkeypatch=monkeypatch)
     printed = capsys.readouterr().out
     result = last_json(printed)
-    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    logged = rows_of(run)[-1]
     for name in ("top1", "top5", "mean_per_class"):
         assert result[name] == logged[f"val/zeroshot/{name}"]
-    assert result["images"] == 800 and result["split"] == "zeroshot" and result["step"] == 2
+    assert result["images"] == 800 and result["split"] == "zeroshot" and result["step"] == 4
     assert "mean_per_class" in printed.splitlines()[-3]  # the table stands above
 
 
 def test_retrieval_of_a_chosen_step(run, capsys, monkeypatch):
-    arguments = ["--workdir", run, "--task", "retrieval", "--data", "scenes", "--step", "1"]
+    arguments = ["--workdir", run, "--task", "retrieval", "--data", "scenes", "--step", "2"]
     arguments += ["--again"]
     command(evaluate, *arguments, monkeypatch=monkeypatch)
     result = last_json(capsys.readouterr().out)
-    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    assert result["step"] == 1 and result["images"] == 256 and result["texts"] == 1280
+    (first,) = (row for row in rows_of(run) if row["step"] == 2)
+    assert result["step"] == 2 and result["images"] == 256 and result["texts"] == 1280
     assert result["image_to_text_r10"] == first["val/retrieval/image_to_text_r10"]
 
 
@@ -105,16 +95,18 @@ def test_best_checkpoint(run, capsys, monkeypatch):
     arguments = ["--workdir", run, "--task", "zeroshot", "--data", "scenes", "--step", "best"]
     arguments += ["--again"]
     command(evaluate, *arguments, monkeypatch=monkeypatch)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows_of(run) if row["step"] in (2, 4)]
     best = max(rows, key=lambda row: row["val/scenes/retrieval/text_to_image_r10"])
     result = last_json(capsys.readouterr().out)
     assert result["step"] == best["step"] and result["top1"] == best["val/zeroshot/top1"]
 
 
-def test_devices_that_do_not_share_the_work_evenly(run, monkeypatch):
+@pytest.mark.mesh
+def test_devices_that_do_not_share_the_work_evenly(tmp_path, monkeypatch):
     """The run's batches of 16 and its set of 64 rows cannot be divided over six devices."""
+    runs.make_run(tmp_path / "run", runs.declip_config(tmp_path), steps=(1,))
     monkeypatch.setattr(jax, "device_count", lambda: 6)
-    encoder = evaluate.load(run).encoder
+    encoder = evaluate.load(tmp_path / "run").encoder
     assert encoder.encode_text(np.full((5, 32), EOT, np.int32)).shape == (5, 32)
     assert encoder.mesh.size == 4
 
@@ -162,9 +154,9 @@ def test_suite(run, suite_file, capsys, monkeypatch):
         assert "scenes, zeroshot, top1" in printed.out
         seen.append(printed.err.count("scored before"))
     assert seen == [2, 2, 0]  # training has scored them
-    written = json.loads((run / "evaluations" / "step_2.json").read_text())
+    written = json.loads((run / "evaluations" / "step_4.json").read_text())
     zeroshot, retrieval = written["results"][-2:]  # other tests have added theirs
-    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    logged = rows_of(run)[-1]
     assert zeroshot["metrics"]["top1"] == logged["val/zeroshot/top1"]
     assert sum(row["images"] for row in zeroshot["classes"]) == 800
     assert retrieval["metrics"]["texts"] == 256
@@ -177,7 +169,7 @@ def test_what_training_scored_is_not_scored_again(run, capsys, monkeypatch):
         raise ValueError("this was not scored before")
 
     monkeypatch.setattr(Encoder, "_batched", encode)
-    for step in (1, 2):
+    for step in (2, 4):
         with pytest.raises(SystemExit) as stop:
             command(evaluate, "--workdir", run, "--step", step, monkeypatch=monkeypatch)
         # The folder with a picture that cannot be read has failed in training, too.
@@ -189,10 +181,10 @@ def test_what_training_scored_is_not_scored_again(run, capsys, monkeypatch):
 
 def test_the_report_shows_what_training_scored(run):
     (loaded,) = load_runs([run])
-    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    logged = rows_of(run)[-1]
     shown = {one.task: one.series[0] for one in scores([loaded])}
     assert shown.keys() == {"zeroshot", "retrieval", "linear_probe"}
-    assert shown["zeroshot"].detail == "step 2"
+    assert shown["zeroshot"].detail == "step 4"
     assert 100 * logged["val/zeroshot/top1"] in shown["zeroshot"].values.values()
     assert list(shown["linear_probe"].absent) == ["dtd"]
     (own,) = (  # other tests have scored it with other names of classes
@@ -206,25 +198,24 @@ def test_the_report_shows_what_training_scored(run):
 
 
 def test_scores_of_steps_that_the_run_has_not_reached_again_are_left_out(run):
-    first, later = (run / "evaluations" / f"step_{step}.json" for step in (1, 3))
-    later.write_text(first.read_text().replace('"step": 1', '"step": 3'))
+    first, later = (run / "evaluations" / f"step_{step}.json" for step in (2, 5))
+    later.write_text(first.read_text().replace('"step": 2', '"step": 5'))
     try:
         (loaded,) = load_runs([run])
     finally:
         later.unlink()
-    assert {result["step"] for result in loaded.evaluation["results"]} == {2}
+    assert {result["step"] for result in loaded.evaluation["results"]} == {4}
 
 
-def test_a_run_says_what_it_is_and_where_its_parameters_are_listed(run):
-    printed = (run / "printed").read_text()
+def test_a_run_says_what_it_is_and_where_its_parameters_are_listed(run, printed, declip_run):
     assert "  method      declip, 16 pairs a step\n" in printed
-    assert "10,000,000 records in scenes 'train'" in printed and "0 of 2 done" in printed
+    assert "10,000,000 records in scenes 'train'" in printed and "0 of 4 done" in printed
     numbers = re.search(
         r"parameters +([\d,]+): image ([\d,]+), text ([\d,]+), .* ([\d,]+)", printed
     )
     total, *parts = (int(number.replace(",", "")) for number in numbers.groups())
     assert total == sum(parts) and min(parts) > 1000
-    assert f"{run}/parameters.txt lists the parameters" in printed
+    assert f"{declip_run}/run/parameters.txt lists the parameters" in printed
     table = (run / "parameters.txt").read_text()
     assert "text/token_embedding/embedding" in table and f"Total: {total:,}" in table
     assert "text/token_embedding" not in printed
@@ -233,18 +224,23 @@ def test_a_run_says_what_it_is_and_where_its_parameters_are_listed(run):
     assert starts == sorted(starts)
 
 
-def test_in_training_a_suite_chooses_the_best_checkpoint(run, suite_file, tmp_path):
-    printed = (run / "printed").read_text()
+def test_in_training_a_suite_chooses_the_best_checkpoint(printed, suite_file, tmp_path):
     assert "Not evaluated: linear_probe on dtd" in printed
     assert printed.count("Evaluation failed") == 2 and "broken.jpg cannot be read" in printed
-    config = quickstart.get_config("tiny").unlock()
+    config = runs.declip_config(suite_file.parent).unlock()
     config.eval.suite = str(suite_file)
     config.checkpoint.best_metric = "val/scenes/retrieval/text_to_image_r11"
     with pytest.raises(ValueError, match="did you mean 'val/scenes/retrieval/text_to_image_r1"):
         train(config.lock(), tmp_path / "other")
 
 
-@pytest.mark.parametrize("name", ["main", "evaluate", "report", "prepare"])
-def test_every_command_has_help(name):
-    # absl's --help ends with 1, argparse's with 0
-    assert f"python -m declip_jax.{name}" in run_module(name, "--help", codes=(0, 1))
+@pytest.mark.parametrize("module", [evaluate, report, prepare])
+def test_every_command_has_help(module, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        command(module, "--help", monkeypatch=monkeypatch)
+    assert stop.value.code == 0
+    assert f"python -m {module.__name__}" in capsys.readouterr().out
+
+
+def test_training_has_help():
+    assert "python -m declip_jax.main" in run_module("main", "--help", codes=(0, 1))  # absl's is 1

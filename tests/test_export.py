@@ -22,6 +22,7 @@ from declip_jax.interop import pretrained, reading, verify
 from declip_jax.report import cli as report
 from declip_jax.report.runs import load_runs
 from declip_jax.train import Setup, train
+from tests.runs import make_run
 
 
 def tiny(experiment, **changes):
@@ -30,19 +31,6 @@ def tiny(experiment, **changes):
     config.eval.every = 0
     config.update_from_flattened_dict(changes)
     return config.lock()
-
-
-def make_run(workdir, config, steps=(1,)):
-    """A run's checkpoints as training writes them, of random values."""
-    like = Setup(config, jax.devices()[:1]).abstract_state
-    checkpoints = Checkpoints(workdir, keep=len(steps))
-    for step in steps:
-        rng = np.random.default_rng(step)
-        state = jax.tree.map(lambda x, rng=rng: rng.normal(size=x.shape).astype(x.dtype), like)
-        state = jax.device_put(state.replace(step=np.int32(step)), like.step.sharding)
-        checkpoints.save(state, 16 * step, "data", config, {})
-    checkpoints.close()
-    return workdir
 
 
 @pytest.fixture(scope="module")

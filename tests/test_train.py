@@ -21,7 +21,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart
 from declip_jax import methods, prepare
 from declip_jax import train as train_module
 from declip_jax.checkpoint import CheckpointError, Checkpoints
@@ -29,7 +28,7 @@ from declip_jax.metrics import read_metrics
 from declip_jax.parallel import mesh as meshes
 from declip_jax.parallel import rules
 from declip_jax.train import Setup, train
-from tests import toy
+from tests import runs, toy
 
 ROOT = Path(__file__).parent.parent
 CLIP, SLIP, FILIP, DECLIP, DEFILIP, ALIP = (
@@ -78,7 +77,7 @@ def photographs(tmp_path_factory) -> Path:
 DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
-from configs import quickstart
+from configs import declip_vit_b32_yfcc15m
 from declip_jax import metrics, train
 
 class Progress(metrics.Progress):
@@ -88,7 +87,7 @@ class Progress(metrics.Progress):
             os.killpg(0, signal.SIGINT)
 
 train.Progress = Progress
-config = quickstart.get_config("tiny").unlock()
+config = declip_vit_b32_yfcc15m.get_config("tiny").unlock()
 config.update_from_flattened_dict(json.loads(sys.argv[3]))
 train.train(config.lock(), Path(sys.argv[1]))
 """
@@ -155,6 +154,7 @@ def losses(workdir):
     return [row["train/loss"] for row in read_metrics(workdir / "metrics.jsonl")]
 
 
+@pytest.mark.mesh
 def test_two_steps_a_new_process_and_two_steps_equal_four_bit_for_bit(tmp_path, photographs):
     fields = EVERYTHING_RANDOM | {
         "data.source": str(photographs / "data"),
@@ -167,15 +167,24 @@ def test_two_steps_a_new_process_and_two_steps_equal_four_bit_for_bit(tmp_path, 
     continued = run_process(tmp_path / "halves", 0, fields)
     assert "from step 2 (32 pairs seen)" in continued
 
-    config = tiny("quickstart", EVERYTHING_RANDOM)
+    config = tiny(DECLIP, EVERYTHING_RANDOM)
     state = assert_same_state(config, tmp_path / "halves", tmp_path / "at_once")
     assert state.extra.keys() == {"batch_stats", "support_set"}
     assert state.extra["support_set"]["pointer"] == 4 * 32 % 40
     assert losses(tmp_path / "halves") == losses(tmp_path / "at_once")
     assert len(set(losses(tmp_path / "halves"))) == 4
 
-    finished = run_process(tmp_path / "halves", 0, fields)
-    assert "is finished: step 4 of 4" in finished
+
+def test_a_run_that_is_finished_says_so_and_how_to_go_on(toy_config, tmp_path, capsys):
+    for total_steps, said in (
+        (2, "Finished step 2"),
+        (2, "is finished: step 2 of 2. To train on, set config.total_steps higher"),
+        (3, "from step 2 (32 pairs seen)"),
+    ):
+        state = train(toy_config(total_steps=total_steps), tmp_path)
+        assert int(state.step) == total_steps
+        assert said in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 @pytest.fixture(scope="module")
@@ -195,14 +204,8 @@ def test_alip_continues_bit_for_bit(alip_run, photographs, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """The workdir of a smoke run with evaluation and a profile."""
-    workdir = tmp_path_factory.mktemp("run")
-    config = quickstart.get_config("tiny").unlock()
-    config.profile.steps = (2, 3)
-    config.ema_decay = 0.5
-    train(config.lock(), workdir)
-    return workdir
+def run(declip_run) -> Path:
+    return declip_run / "run"
 
 
 def test_a_run_logs_what_it_should(run):
@@ -227,10 +230,15 @@ def test_an_alip_run_logs_its_weights(alip_run):
             assert 0 < row[f"train/{name}"] <= 1
 
 
-def test_a_run_leaves_events_a_profile_and_its_config(run):
+def test_a_run_leaves_events_and_its_config(run):
     assert list(run.glob("events.out.tfevents.*"))
-    assert list(run.glob("plugins/profile/*/*.xplane.pb"))
     assert json.loads((run / "config.json").read_text())["total_steps"] == 4
+
+
+@pytest.mark.mesh  # without the cache of programs: see train
+def test_a_profile_of_chosen_steps(toy_config, tmp_path):
+    train(toy_config(**{"profile.steps": (2, 3)}), tmp_path)
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
 
 
 def test_checkpoints_every_two_steps(run):
@@ -250,15 +258,14 @@ def test_evaluation_uses_the_moving_average(run):
     assert not all(np.array_equal(a, b) for a, b in zip(averages, params, strict=True))
 
 
-def test_another_architecture_in_the_workdir_names_the_fields(run):
-    config = quickstart.get_config("tiny").unlock()
-    config.ema_decay = 0.5
+def test_another_architecture_in_the_workdir_names_the_fields(declip_run, run):
+    config = runs.declip_config(declip_run).unlock()
     config.total_steps = 8
-    config.model.image.width = 16
+    config.model.image.width = 64
     config.model.activation = "gelu"
     with pytest.raises(CheckpointError) as error:
         train(config, run)
-    assert "model.image.width: 8 -> 16" in str(error.value)
+    assert "model.image.width: 32 -> 64" in str(error.value)
     assert "model.activation: 'quick_gelu' -> 'gelu'" in str(error.value)
     assert Checkpoints(run, read_only=True).steps() == [2, 4]
 
@@ -364,6 +371,7 @@ def test_loss_that_is_no_number_stops_the_run(toy_config, tmp_path):
     assert Checkpoints(tmp_path, read_only=True).steps() in ([], [2])
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize(
     "experiment, fields, named",
     [
