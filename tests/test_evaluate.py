@@ -14,7 +14,7 @@ import pytest
 
 from declip_jax import evaluate, prepare, report
 from declip_jax.data.tokenizer import EOT
-from declip_jax.encode import Encoder
+from declip_jax.evals import suite
 from declip_jax.report.runs import load_runs
 from declip_jax.report.scores import scores
 from declip_jax.train import train
@@ -165,10 +165,10 @@ def test_suite(run, suite_file, capsys, monkeypatch):
 
 
 def test_what_training_scored_is_not_scored_again(run, capsys, monkeypatch):
-    def encode(*_):
+    def score(*_):
         raise ValueError("this was not scored before")
 
-    monkeypatch.setattr(Encoder, "_batched", encode)
+    monkeypatch.setattr(suite, "score", score)
     for step in (2, 4):
         with pytest.raises(SystemExit) as stop:
             command(evaluate, "--workdir", run, "--step", step, monkeypatch=monkeypatch)
