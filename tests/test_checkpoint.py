@@ -10,6 +10,8 @@ from declip_jax.parallel.mesh import make_mesh
 from declip_jax.parallel.rules import shardings
 from declip_jax.state import TrainState
 
+pytestmark = pytest.mark.mesh
+
 CONFIG = common.get_config("tiny")
 
 

@@ -204,6 +204,7 @@ def start(config, devices=None):
     return state, lines
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize("source", ["run", "folder", "file"])
 def test_a_run_starts_from_another_run_or_a_file_on_any_mesh(source, run, exported):
     path = {"run": run, "folder": exported, "file": exported / "model.safetensors"}[source]
@@ -218,6 +219,7 @@ def test_a_run_starts_from_another_run_or_a_file_on_any_mesh(source, run, export
     assert "Starts from" in lines[0] and str(path) in lines[0]
 
 
+@pytest.mark.mesh
 def test_rows_of_tokens_that_are_missing_stay_as_they_are(exported, tmp_path):
     arrays = reading.read(exported).arrays
     # DeCLIP's order has the mask before the others, OpenAI's has none.

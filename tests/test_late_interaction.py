@@ -9,6 +9,8 @@ from jax.sharding import AxisType
 
 from declip_jax.losses.late_interaction import filip_loss, late_interaction
 
+pytestmark = pytest.mark.mesh
+
 B, P, L, E = 8, 5, 6, 16
 LENGTHS = [6, 2, 4, 3, 5, 2, 6, 3]  # real tokens of each text
 MASK = np.arange(L) < np.array(LENGTHS)[:, None]  # [B, L]

@@ -48,7 +48,7 @@ def test_meter_averages_and_measures(monkeypatch):
     scalars = meter.report(3)
     assert scalars["train/loss"] == 3.0
     assert scalars["train/pairs_per_s"] == pytest.approx(16.0)
-    assert scalars["train/pairs_per_s_per_device"] == pytest.approx(2.0)
+    assert scalars["train/pairs_per_s_per_device"] == pytest.approx(16.0 / metrics.jax.device_count())
     assert scalars["train/data_wait_share"] == pytest.approx(0.25)
     assert scalars["train/seconds_left"] == pytest.approx(14.0)
 
@@ -102,7 +102,7 @@ def test_progress_on_a_narrow_terminal_is_one_row_and_keeps_the_time_left(monkey
     stream = io.StringIO()
     stream.isatty = lambda: True
     size = metrics.shutil.os.terminal_size((80, 24))
-    monkeypatch.setattr(metrics.shutil, "get_terminal_size", lambda: size)
+    monkeypatch.setattr(metrics.shutil, "get_terminal_size", lambda *_, **__: size)
     scalars = {**SCALARS, "train/pairs_per_s": 123_456.0, "train/seconds_left": 200_000.0}
     metrics.Progress(128_000, stream).show(127_999, scalars)
     line = stream.getvalue().removeprefix("\r")

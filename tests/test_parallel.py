@@ -18,6 +18,8 @@ from declip_jax.parallel.mesh import replicated, shard_batch
 from declip_jax.train import Setup, make_init
 from tests.hlo import largest_collective
 
+pytestmark = pytest.mark.mesh
+
 TERMS = {
     "clip": ("clip",),
     "slip": ("clip", "simclr"),

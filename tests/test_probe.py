@@ -121,6 +121,7 @@ def test_sweep_halves_its_steps_around_the_best(monkeypatch, peak, indices):
     assert strength == pytest.approx(10 ** (index / 8 - 6))
 
 
+@pytest.mark.mesh
 def test_sharded_in_blocks_equals_one_device(digits, monkeypatch):
     features, labels = np.concatenate(digits[0:3:2]), np.concatenate(digits[1:4:2])
     placed, start = _place(features, labels)

@@ -10,12 +10,14 @@ import tarfile
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from playwright import sync_api
 
 from configs import common
 from declip_jax import report
+from declip_jax.data.pipeline import digest
 from declip_jax.data.sources import open_data
 from declip_jax.data.tokenizer import tokenize
 from declip_jax.encode import Encoder
@@ -26,6 +28,7 @@ from declip_jax.report.page import write_page
 from declip_jax.report.runs import differences, load_runs
 from declip_jax.report.scores import scores, worst_classes
 from declip_jax.train import Setup, train
+from tests import runs as runs_for_tests
 
 HOSTILE = '<script>document.title = "taken"</script> & a "$5" cat'
 METHODS = {
@@ -195,7 +198,7 @@ def test_neighbours_have_the_captions_that_were_enqueued(runs):
     """The learning rate is 0: the captions, encoded again, have the cosines of the rows."""
     run = runs[0]
     found = examples.neighbours(run.trained, captions=2, k=128)
-    assert len(found) == 8  # as many as there are devices
+    assert len(found) == max(2, jax.device_count())
     encode = run.trained.encoder.encode_text
 
     def encoded(captions):
@@ -209,6 +212,15 @@ def test_neighbours_have_the_captions_that_were_enqueued(runs):
         cosines = encoded([row.caption for row in known]) @ encoded([query])[0]
         np.testing.assert_allclose(cosines, [row.similarity for row in known], atol=1e-5)
     assert any(HOSTILE == row.caption for row in found[0][1])
+
+
+@pytest.mark.mesh
+def test_as_many_captions_have_neighbours_as_the_devices_share_evenly(tmp_path):
+    config = runs_for_tests.declip_config(tmp_path)
+    runs_for_tests.make_run(tmp_path / "run", config, data=digest(open_data(config.data)))
+    found = examples.neighbours(load(tmp_path / "run"), captions=2, k=3)
+    assert len(found) == 8
+    assert all(row.caption is None for _, rows in found for row in rows)  # random rows
 
 
 def test_queries_are_what_training_would_look_up_next(runs, monkeypatch):

@@ -33,7 +33,10 @@ def _plain_ranks(scores, match):
 
 
 @pytest.mark.parametrize("grid", [2.0**10, 8.0], ids=["few ties", "mostly ties"])
-@pytest.mark.parametrize("block, devices", [(128, 1), (1024, 1), (4096, 1), (128, 6)])
+@pytest.mark.parametrize(
+    "block, devices",
+    [(128, 1), (1024, 1), (4096, 1), pytest.param(128, 6, marks=pytest.mark.mesh)],
+)
 def test_ranks_and_metrics_equal_plain_numpy(grid, block, devices):
     mesh = make_mesh(devices, 1, jax.devices()[:devices])
     image, text, image_of_text = _set(0, 500, 2500, grid)
@@ -60,7 +63,10 @@ def test_ranks_and_metrics_equal_plain_numpy(grid, block, devices):
     }
 
 
-@pytest.mark.parametrize("k, block, devices", [(5, 64, 1), (100, 64, 1), (5, 1024, 1), (5, 64, 6)])
+@pytest.mark.parametrize(
+    "k, block, devices",
+    [(5, 64, 1), (100, 64, 1), (5, 1024, 1), pytest.param(5, 64, 6, marks=pytest.mark.mesh)],
+)
 def test_top_matches_equal_plain_numpy(k, block, devices):
     mesh = make_mesh(devices, 1, jax.devices()[:devices])
     image, text, _ = _set(1, 130, 300, grid=8.0)

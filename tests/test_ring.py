@@ -10,6 +10,8 @@ import pytest
 from declip_jax.losses import contrastive, ring
 from declip_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 
+pytestmark = pytest.mark.mesh
+
 ROWS, WIDTH = 96, 16  # 12 rows a device on 8 devices
 MESHES = [(1, 1), (8, 1), (2, 4)]
 on_meshes = pytest.mark.parametrize("shape", MESHES, ids=lambda s: f"{s[0]}x{s[1]}")

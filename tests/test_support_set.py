@@ -16,6 +16,8 @@ from declip_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from declip_jax.state import TrainState
 from tests.hlo import largest_collective
 
+pytestmark = pytest.mark.mesh
+
 SIZE, WIDTH = 24, 5
 MESHES = [(1, 1), (8, 1), (2, 4)]
 on_meshes = pytest.mark.parametrize("shape", MESHES, ids=lambda s: f"{s[0]}x{s[1]}")

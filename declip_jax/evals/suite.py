@@ -432,7 +432,8 @@ def sources_of(config) -> list[dict[str, Any]]:
 
 def entries_of(config) -> list[dict[str, Any]]:
     """The entries of all that `config.eval` asks for; [] if it asks for nothing."""
-    return sources_of(config) + (suites.load(config.eval.suite) if config.eval.get("suite") else [])
+    suite = config.eval.suite if "suite" in config.eval else ""  # runs of old versions have none
+    return sources_of(config) + (suites.load(suite) if suite else [])
 
 
 def build(config) -> tuple[list[Task], list[dict[str, str]]]:
