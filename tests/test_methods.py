@@ -251,6 +251,10 @@ def test_metrics(name):
         np.testing.assert_allclose(metrics["logit_scale_dense"], np.exp(2.5), rtol=1e-6)
     if "declip" in name:
         assert metrics["mlm_overflow"] == 0
+    if name == "alip":
+        for weight in ("sample_weight", "raw_weight", "synthetic_weight"):
+            assert 0 < metrics[weight] <= 1
+        assert all(mean != 1 for mean in aux.extra["running_means"].values())
 
 
 def test_a_term_of_weight_zero_has_no_gradient():

@@ -48,7 +48,9 @@ def test_meter_averages_and_measures(monkeypatch):
     scalars = meter.report(3)
     assert scalars["train/loss"] == 3.0
     assert scalars["train/pairs_per_s"] == pytest.approx(16.0)
-    assert scalars["train/pairs_per_s_per_device"] == pytest.approx(16.0 / metrics.jax.device_count())
+    assert scalars["train/pairs_per_s_per_device"] == pytest.approx(
+        16.0 / metrics.jax.device_count()
+    )
     assert scalars["train/data_wait_share"] == pytest.approx(0.25)
     assert scalars["train/seconds_left"] == pytest.approx(14.0)
 

@@ -144,9 +144,8 @@ def test_every_record_comes_once_an_epoch(data):
 
 def test_workers_processes_and_restarts_change_nothing(data):
     whole = batches(open_data(data), 14)  # of 4; the first epoch ends within the sixth
-    for workers in (1, 2):
-        for a, b in zip(batches(open_data(data), 14, workers=workers), whole, strict=True):
-            assert_equal(a, b)
+    for a, b in zip(batches(open_data(data), 14, workers=2), whole, strict=True):
+        assert_equal(a, b)
     for count in (2, 4):
         shards = [batches(open_data(data), 14, shard=(i, count)) for i in range(count)]
         for parts, batch in zip(zip(*shards, strict=True), whole, strict=True):

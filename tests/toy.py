@@ -1,7 +1,8 @@
 """A method of two linear layers, for tests of what surrounds a method: it compiles in a second.
 
 Images are their mean color, captions the count of their ids in a few classes. Everything else is
-as in CLIP: the views, the loss, the metrics, the constraint.
+as in CLIP: the views, the loss, the metrics, the constraint. There is a running mean of the loss,
+to have some state beside the parameters.
 """
 
 import jax
@@ -27,7 +28,7 @@ def build(config, mesh) -> Method:
             "text": {"kernel": jax.random.normal(text, (CLASSES, WIDTH))},
             "logit_scale": jnp.full((), 2.6),
         }
-        return params, {}
+        return params, {"running_means": {"loss": jnp.ones(())}}
 
     def encode_image(params, extra, images):  # [B, H, W, 3] -> [B, WIDTH]
         return normalise(images.mean(axis=(1, 2)) @ params["image"]["kernel"])
@@ -43,7 +44,9 @@ def build(config, mesh) -> Method:
         terms = {"clip": clip_loss(image, text, scale, info_nce=contrast.info_nce)}
         total = base.weighted_sum(terms, weights)
         accuracy = base.accuracy(contrast.own_rank(image, text))
-        return total, Aux({"loss": total, **terms, "logit_scale": scale, **accuracy}, extra)
+        mean = 0.9 * extra["running_means"]["loss"] + 0.1 * jax.lax.stop_gradient(total)
+        metrics = {"loss": total, **terms, "logit_scale": scale, "running_mean": mean, **accuracy}
+        return total, Aux(metrics, {"running_means": {"loss": mean}})
 
     return Method(
         views=Views(image=("weak",), text=("caption",)),
