@@ -17,6 +17,7 @@ from declip_jax.models.batchnorm import BatchNorm
 from declip_jax.parallel import rules
 from declip_jax.parallel.mesh import make_mesh
 from declip_jax.train import Setup
+from tests.drawn import draw_variables
 
 WEIGHTS = {
     "clip": {"clip": 1.0},
@@ -48,28 +49,6 @@ def config_of(name, **changes):
 
 def build(name, **changes):
     return methods.build(config_of(name, **changes), make_mesh(1, 1, jax.devices()[:1]))
-
-
-def draw_variables(method):
-    """(params, extra) of usual sizes, without zeros."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        path, x = rules.path_name(path), rng.normal(size=leaf.shape)
-        if "logit_scale" in path:
-            x = 2.5 + 0 * x
-        elif path.endswith(("pointer", "filled")):
-            x = 0 * x
-        elif path.endswith(("scale", "var")):
-            x = np.exp(0.2 * x)
-        elif path.endswith("kernel"):  # so large that examples differ well
-            x = 3 * x / np.sqrt(np.prod(leaf.shape[:-1]))
-        elif path.startswith(("batch_stats", "running_means")) or path.endswith("bias"):
-            x = 0.1 * x
-        return np.asarray(x, leaf.dtype)
-
-    tree = jax.eval_shape(method.init, jax.random.key(0))
-    return jax.tree_util.tree_map_with_path(draw, tree)
 
 
 @functools.cache
