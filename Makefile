@@ -4,10 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := runs/quickstart
 
-# The first Python 3.11 or 3.12 that really runs; PYTHON=... overrides.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+# Versions known to work together, as .ci/constraints/newest.txt; none: the newest that there are.
+CONSTRAINTS ?=
+INSTALL = -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+# The first Python from 3.11 to 3.14 that really runs; PYTHON=... overrides.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.14 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null \
 	&& echo $$p && break; done)
+
+# Two sessions: most tests need one device, and then compile faster; see tests/conftest.py.
+PYTEST = -m pytest -n auto --dist worksteal
+define run-tests
+JAX_NUM_CPU_DEVICES=1 $(BIN)/python $(PYTEST) -m "not mesh$(1)"
+$(BIN)/python $(PYTEST) -m "mesh$(1)"
+endef
 
 .PHONY: help setup quickstart test test-all test-extras lint format clean
 
@@ -17,14 +28,15 @@ help:
 	@echo "make test-extras test what needs Apache Beam or PyTorch's libraries, in an environment of its own"
 	@echo "make lint        ruff check and format check"
 	@echo "make setup       only create .venv and install everything"
+	@echo "PYTHON=python3.13 chooses the interpreter, CONSTRAINTS=.ci/constraints/newest.txt versions"
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed and was not found; install one, or: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 to 3.14 is needed and was not found; install one, or: make PYTHON=/path/to/python3.13 $(MAKECMDGOALS)"; exit 1; }
 	@echo "Setting up $(VENV) with $(PYTHON) (about a minute, once)…"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python $(INSTALL) -e '.[test]'
 	@touch $@
 
 # Huge pages for malloc, where the kernel grants them on request: a tenth faster, the same numbers.
@@ -34,19 +46,19 @@ quickstart: setup
 	$(BIN)/python -m declip_jax.report $(QUICKSTART)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
+	$(call run-tests, and not slow)
 
 test-all: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(call run-tests)
 
 # Apart, because Beam holds back protobuf and others.
 test-extras: $(VENV)-extras/.installed
-	$(VENV)-extras/bin/python -m pytest -n auto --dist loadfile tests/test_beam.py \
+	JAX_NUM_CPU_DEVICES=1 $(VENV)-extras/bin/python $(PYTEST) tests/test_beam.py \
 		tests/test_captioner.py tests/test_peers.py tests/test_tokenizer_files.py tests/test_interop_docs.py
 
 $(VENV)-extras/.installed: pyproject.toml | setup
 	$(BIN)/python -m venv $(VENV)-extras
-	$(VENV)-extras/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,beam,captions,torch]'
+	$(VENV)-extras/bin/python $(INSTALL) -e '.[test,beam,captions,torch]'
 	@touch $@
 
 lint: setup

@@ -1,10 +1,8 @@
 """The commands that look at a trained model: evaluate and report."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from declip_jax.report.runs import load_runs
 from declip_jax.report.scores import scores
 from declip_jax.train import train
 from tests import runs
+from tests.commands import run_module
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +40,6 @@ def printed(declip_run) -> str:
 def command(module, *arguments, monkeypatch):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     module.main()
-
-
-def user_environment() -> dict[str, str]:
-    """Of a user: the tests' own settings make programs that compile fast and run slowly."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-
-
-def run_module(name, *arguments, codes=(0,)) -> str:
-    """Runs `python -m declip_jax.NAME` in a process of its own; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"declip_jax.{name}", *map(str, arguments)],
-        cwd=Path(__file__).parent.parent,
-        env=user_environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode in codes and "Traceback" not in done.stderr, done.stderr
-    return done.stdout
 
 
 def rows_of(run):

@@ -19,6 +19,7 @@ from configs import clip_vit_b32_yfcc15m, declip_vit_b32_yfcc15m  # noqa: E402
 from declip_jax import initial  # noqa: E402
 from declip_jax.interop import pretrained, tables  # noqa: E402
 from declip_jax.train import train  # noqa: E402
+from tests.commands import user_environment  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs/interop.md").read_text(), re.S)
@@ -71,7 +72,7 @@ def folder(tmp_path_factory):
 def test_the_page_runs(folder):
     assert [language for language, _ in BLOCKS].count("python") >= 3
     environment = {
-        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        **user_environment(),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",

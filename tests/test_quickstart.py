@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from declip_jax.metrics import read_metrics
-from tests.test_evaluate import run_module
+from tests.commands import run_module
 
 
 @pytest.mark.slow
