@@ -16,11 +16,11 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.14 python3.11 python3 p
 # Two sessions: most tests need one device, and then compile faster; see tests/conftest.py.
 PYTEST = -m pytest -n auto --dist worksteal
 define run-tests
-JAX_NUM_CPU_DEVICES=1 $(BIN)/python $(PYTEST) -m "not mesh$(1)"
-$(BIN)/python $(PYTEST) -m "mesh$(1)"
+JAX_NUM_CPU_DEVICES=1 $(BIN)/python $(PYTEST) -m "not mesh$(1)" $(2)
+$(BIN)/python $(PYTEST) -m "mesh$(1)" $(shell grep -l mark.mesh $(or $(2),tests/test_*.py))
 endef
 
-.PHONY: help setup quickstart test test-all test-extras lint format clean
+.PHONY: help setup quickstart test test-all test-compiled test-extras lint format clean
 
 help:
 	@echo "make quickstart  train DeCLIP on drawn scenes, score it, write runs/quickstart/report.html"
@@ -51,6 +51,10 @@ test: setup
 test-all: setup
 	$(call run-tests)
 
+# What depends on the versions of JAX and its compiler.
+test-compiled: setup
+	$(call run-tests, and not slow,$(addprefix tests/test_,golden.py parallel.py checkpoint.py train.py))
+
 # Apart, because Beam holds back protobuf and others.
 test-extras: $(VENV)-extras/.installed
 	JAX_NUM_CPU_DEVICES=1 $(VENV)-extras/bin/python $(PYTEST) tests/test_beam.py \
@@ -70,4 +74,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-extras runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VENV)-extras $(VENV)-newest runs .pytest_cache .ruff_cache *.egg-info

@@ -67,7 +67,7 @@ def test_texts_are_encoded_all_at_once(monkeypatch):
 
 
 def test_threads_with_different_contexts_do_not_meddle(recorded):
-    texts, ids = recorded
+    texts, ids = (values[::4] for values in recorded)
 
     def wrong(context):
         return (tokenize(texts, context) != _cut(ids, context)).sum()

@@ -232,6 +232,7 @@ def test_it_is_the_trained_tokenizer_behind_rules_for_raw_texts(folder, texts):
     assert exported.decode([]) == "" and exported.decode([320, 2368]) == "a cat"
     exported.enable_truncation(CONTEXT)
     exported.enable_padding(length=CONTEXT, pad_id=0)
+    texts = texts[::4]  # all of them in the hands of Transformers, below
     ids = np.array([encoding.ids for encoding in exported.encode_batch_fast(texts)])
     _assert_same(ids, tokenize(texts, CONTEXT), texts)
 
