@@ -15,9 +15,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # split into several devices, programs from the cache may wait for ever in their collectives.
 DEVICES = int(os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8"))
 if DEVICES == 1:
-    cache = Path(__file__).parent.parent / ".pytest_cache" / "programs"
+    cache = Path.home() / ".cache" / "declip_jax" / "tests"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def pytest_collection_modifyitems(config, items):
