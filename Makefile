@@ -6,7 +6,7 @@ QUICKSTART := runs/quickstart
 
 # Versions known to work together, as .ci/constraints/newest.txt; none: the newest that there are.
 CONSTRAINTS ?=
-INSTALL = -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+INSTALL = -m pip install --quiet --disable-pip-version-check
 
 # The first Python from 3.11 to 3.14 that really runs; PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.14 python3.11 python3 python; do \
@@ -16,8 +16,8 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.14 python3.11 python3 p
 # Two sessions: most tests need one device, and then compile faster; see tests/conftest.py.
 PYTEST = -m pytest -n auto --dist worksteal
 define run-tests
-JAX_NUM_CPU_DEVICES=1 $(BIN)/python $(PYTEST) -m "not mesh$(1)" $(2)
-$(BIN)/python $(PYTEST) -m "mesh$(1)" $(shell grep -l mark.mesh $(or $(2),tests/test_*.py))
+JAX_NUM_CPU_DEVICES=1 $(BIN)/python $(PYTEST) -m "not mesh$(1)" $(2); one=$$?; \
+$(BIN)/python $(PYTEST) -m "mesh$(1)" $(shell grep -l mark.mesh $(or $(2),tests/test_*.py)) && exit $$one
 endef
 
 .PHONY: help setup quickstart test test-all test-compiled test-extras lint format clean
@@ -27,16 +27,21 @@ help:
 	@echo "make test        run the tests (make test-all adds a whole quickstart, five minutes)"
 	@echo "make test-extras test what needs Apache Beam or PyTorch's libraries, in an environment of its own"
 	@echo "make lint        ruff check and format check"
+	@echo "make test-compiled  test what depends on the versions of JAX and its compiler"
 	@echo "make setup       only create .venv and install everything"
 	@echo "PYTHON=python3.13 chooses the interpreter, CONSTRAINTS=.ci/constraints/newest.txt versions"
 
-setup: $(VENV)/.installed
+# Made anew where other versions are asked for.
+INSTALLED := $(VENV)/.installed$(if $(CONSTRAINTS),-$(notdir $(CONSTRAINTS)))
 
-$(VENV)/.installed: pyproject.toml
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 to 3.14 is needed and was not found; install one, or: make PYTHON=/path/to/python3.13 $(MAKECMDGOALS)"; exit 1; }
 	@echo "Setting up $(VENV) with $(PYTHON) (about a minute, once)…"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(INSTALL) -e '.[test]'
+	$(BIN)/python $(INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[test]'
+	@rm -f $(VENV)/.installed*
 	@touch $@
 
 # Huge pages for malloc, where the kernel grants them on request: a tenth faster, the same numbers.

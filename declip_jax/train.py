@@ -197,8 +197,10 @@ def train(config, workdir: Path) -> TrainState:
             return initial.start(config, setup.init_state, progress.say)
         return setup.init_state()
 
-    # A new run: a model to start from that does not fit is refused before anything is written too.
-    first = None if (workdir / "checkpoints").is_dir() else first_state()
+    check_workdir(workdir)
+    # A model to start a new run from that does not fit is refused before anything is written, too.
+    is_new = not (workdir / "checkpoints").is_dir()
+    first = first_state() if is_new and config.init_from else None
 
     prepare_workdir(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep, best_metric)
@@ -291,6 +293,7 @@ def train(config, workdir: Path) -> TrainState:
                 encoder.use(state.eval_params, state.extra)
                 found, failed = suite.run(tasks, encoder, lambda: interrupt.asked)
                 evaluation = suite.logged(found)
+                saves = saves or interrupt.asked  # with what has been scored
                 for line in failed:
                     progress.say(f"Evaluation failed: {line}")
                 if evaluation:
@@ -426,6 +429,13 @@ def check_config(config, setup: Setup) -> None:
         raise ValueError(
             f"config.loss.mlm_places={config.loss.mlm_places} must lie in 0 … 1, above 0."
         )
+    largest = math.log(float(jnp.finfo(jnp.float32).max))
+    if config.loss.logit_scale_range[1] > largest:
+        raise ValueError(
+            f"config.loss.logit_scale_range={tuple(config.loss.logit_scale_range)}: the upper limit "
+            f"must be below {largest:.1f}, above which its exponential is no float32 any more; "
+            "published recipes have (3.0, 6.0)."
+        )
     for name in setup.method.views.image:
         augment.check_view(name, config.views[name])
     seen, trained = preprocess(config), (config.image_mean, config.image_std)
@@ -493,6 +503,13 @@ def check_finite(scalars: dict[str, float], step: int, workdir: Path) -> None:
             )
 
 
+def check_workdir(workdir: Path) -> None:
+    """Raises ValueError, before anything is computed, if `workdir` surely cannot be created."""
+    there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise _unwritable(workdir, f"{there} is no folder to write in")
+
+
 def prepare_workdir(workdir: Path) -> None:
     """Creates `workdir`. Raises ValueError if it cannot be written to."""
     try:
@@ -500,6 +517,8 @@ def prepare_workdir(workdir: Path) -> None:
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as error:
-        raise ValueError(
-            f"--workdir={workdir} cannot be written to ({error.strerror}): choose another folder."
-        ) from error
+        raise _unwritable(workdir, error.strerror) from error
+
+
+def _unwritable(workdir: Path, why: str) -> ValueError:
+    return ValueError(f"--workdir={workdir} cannot be written to ({why}): choose another folder.")

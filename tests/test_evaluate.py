@@ -223,5 +223,7 @@ def test_every_command_has_help(module, capsys, monkeypatch):
     assert f"python -m {module.__name__}" in capsys.readouterr().out
 
 
-def test_training_has_help():
-    assert "python -m declip_jax.main" in run_module("main", "--help", codes=(0, 1))  # absl's is 1
+@pytest.mark.parametrize("name", ["main", "evaluate"])
+def test_commands_as_modules_have_help(name):
+    # absl's --help ends with 1, argparse's with 0
+    assert f"python -m declip_jax.{name}" in run_module(name, "--help", codes=(0, 1))

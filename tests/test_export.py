@@ -133,6 +133,7 @@ def test_a_run_without_moving_average_has_none_to_write(tmp_path):
         initial.read_run(folder, ema=True)
     model = initial.read_run(folder).model
     assert "batch_stats" in model.variables and model.model["image"]["layers"] == (1, 1, 1, 1)
+    assert_same(evaluate.load(folder).encoder._extra["batch_stats"], model.variables["batch_stats"])
     export.export(model, "open_clip", tmp_path / "out", {})
     assert_same(initial.read(tmp_path / "out").variables, model.variables)
 
@@ -262,6 +263,7 @@ assert state.params["projector"]["linear1"]["kernel"].sharding.mesh.size == 4
 
 
 @pytest.mark.slow
+@pytest.mark.mesh
 def test_several_processes_start_from_a_file(exported, tmp_path):
     """Each with a part of every array; the mask's row and the heads are new."""
     model = initial.read(exported)

@@ -198,7 +198,6 @@ def test_projection_keeps_the_logit_scales_within_their_limits():
             for weights in ({}, WEIGHTS[name] | {"other": 0.0})
         ),
         ("clip", {"loss.logit_scale_range": (2.0, 1.0)}, r"logit_scale_range=\(2\.0, 1\.0\)"),
-        ("clip", {"loss.logit_scale_range": (3.0, 89.0)}, r"high below 88\.7, above which exp"),
         ("clip", {"loss.block": 0}, r"config\.loss\.block=0 must be at least 1"),
         ("slip", {"loss.temperature": 0.0}, r"config\.loss\.temperature=0\.0 must be above 0"),
         ("filip", {"loss.late_interaction.tokens": -1}, r"tokens=-1 must be at least 0"),

@@ -187,12 +187,14 @@ def test_a_step_sends_nothing_as_large_as_the_support_set():
     batch = shard_batch(next(batches(setup.method.views)), setup.mesh)
     batch["image"] = batch["image"].astype(jnp.float32)
 
-    def forward(params, extra, batch):  # the backward pass has nothing of the set
-        loss, aux = setup.method.loss(params, extra, batch, jax.random.key(0))
-        return loss, aux.extra
+    def both_ways(params, extra, batch):  # a step without the optimizer, which has no such set
+        loss = jax.grad(setup.method.loss, has_aux=True)
+        gradients, aux = loss(params, extra, batch, jax.random.key(0))
+        return gradients, aux.extra
 
-    places = None, setup.state_shardings.extra
-    step = jax.jit(forward, out_shardings=places).lower(state.params, state.extra, batch).compile()
+    places = setup.state_shardings.params, setup.state_shardings.extra
+    step = jax.jit(both_ways, out_shardings=places)
+    step = step.lower(state.params, state.extra, batch).compile()
     rows = state.extra["support_set"]["rows"]
     queries = 2 * BATCH * c.model.embed_dim
     # Not even a device's share of it, of which eight would be the whole.

@@ -54,19 +54,18 @@ def toy_config(monkeypatch):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    """Twenty small images: epochs that end in the middle of a batch. Each has two captions and two
-    synthetic ones ("data"; "plain" has none), of which a few are long. Beside them synonyms."""
+    """Twenty small images: epochs that end in the middle of a batch. Each has two captions, of
+    which a few are long. Beside them synonyms."""
     folder = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
-    rows = ["image,caption,synthetic"]
+    rows = ["image,caption"]
     for i in range(20):
         cv2.imwrite(str(folder / f"{i}.png"), rng.integers(0, 256, (40, 48, 3), np.uint8))
         again = " and again" * (6 if i < 2 else 1)
-        rows += [f"{i}.png,picture number {i},noise {i}", f"{i}.png,the same picture{again},dots"]
+        rows += [f"{i}.png,picture number {i}", f"{i}.png,the same picture{again}"]
     (folder / "captions.csv").write_text("\n".join(rows))
     arguments = ["csv", "--images", str(folder), "--captions", str(folder / "captions.csv")]
-    for name, more in {"data": ["--synthetic-column", "synthetic"], "plain": []}.items():
-        prepare.main([*arguments, "--output", str(folder / name), "--split", "train", *more])
+    prepare.main([*arguments, "--output", str(folder / "data"), "--split", "train"])
     with gzip.open(folder / "synonyms.json.gz", "wt") as file:
         json.dump({"picture": ["image", "painting"], "number": ["figure"]}, file)
     return folder
@@ -156,19 +155,25 @@ def losses(workdir):
     return [row["train/loss"] for row in read_metrics(workdir / "metrics.jsonl")]
 
 
-def test_two_steps_a_new_process_and_two_steps_equal_four_bit_for_bit(tmp_path, photographs):
+@pytest.mark.parametrize(
+    "devices", [1, pytest.param(2, marks=(pytest.mark.mesh, pytest.mark.slow))]
+)
+def test_two_steps_a_new_process_and_two_steps_equal_four_bit_for_bit(
+    devices, tmp_path, photographs
+):
     fields = EVERYTHING_RANDOM | {
+        "mesh.fsdp": devices,
         "data.source": str(photographs / "data"),
         "data.synonyms": str(photographs / "synonyms.json.gz"),
     }
-    run_process(tmp_path / "at_once", 0, fields)
+    run_process(tmp_path / "at_once", 0, fields, devices)
     fields |= {"data.workers": 1}  # must make no difference
-    interrupted = run_process(tmp_path / "halves", 2, fields)
+    interrupted = run_process(tmp_path / "halves", 2, fields, devices)
     assert "Interrupted at step 2 and saved. The same command continues." in interrupted
-    continued = run_process(tmp_path / "halves", 0, fields)
+    continued = run_process(tmp_path / "halves", 0, fields, devices)
     assert "from step 2 (32 pairs seen)" in continued
 
-    config = tiny(DECLIP, EVERYTHING_RANDOM)
+    config = tiny(DECLIP, fields)
     state = assert_same_state(config, tmp_path / "halves", tmp_path / "at_once")
     assert state.extra.keys() == {"batch_stats", "support_set"}
     assert state.extra["support_set"]["pointer"] == 4 * 32 % 40
@@ -250,7 +255,8 @@ def test_evaluation_uses_the_moving_average(run):
     assert not all(np.array_equal(a, b) for a, b in zip(averages, params, strict=True))
 
 
-def test_another_architecture_in_the_workdir_names_the_fields(declip_run, run):
+def test_another_architecture_in_the_workdir_names_the_fields(declip_run, tmp_path):
+    run = shutil.copytree(declip_run / "run", tmp_path / "run")
     config = runs.declip_config(declip_run).unlock()
     config.total_steps = 8
     config.model.image.width = 64
@@ -274,6 +280,13 @@ def test_frozen_parameters_stay_and_others_move(toy_config):
     before, after = before.params, jax.device_get(state.params)
     np.testing.assert_array_equal(before["image"]["kernel"], after["image"]["kernel"])
     assert not np.array_equal(before["text"]["kernel"], after["text"]["kernel"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def test_every_optimizer_takes_a_step(name, toy_config, tmp_path):
+    state = train(toy_config(total_steps=2, **{"optim.name": name}), tmp_path)
+    assert int(state.step) == 2
+    assert all(row["train/update_norm"] > 0 for row in read_metrics(tmp_path / "metrics.jsonl"))
 
 
 def test_batches_of_several_lengths(toy_config, tmp_path, photographs, monkeypatch, capsys):
@@ -386,6 +399,7 @@ def test_loss_that_is_no_number_stops_the_run(toy_config, tmp_path):
         (DECLIP, {"model.heads.projector": 0}, "model.heads.projector=0"),
         ("quickstart", {"model.image.bn_group_size": 3}, "config.model.image.bn_group_size=3"),
         (CLIP, {"loss.logit_scale_range": (2.0, 1.0)}, "config.loss.logit_scale_range=(2.0, 1.0)"),
+        (CLIP, {"loss.logit_scale_range": (3.0, math.inf)}, "upper limit must be below 88.7"),
         (CLIP, {"loss.block": 0}, "config.loss.block=0"),
         (CLIP, {"loss.max_scale": -5.0}, "config.loss.max_scale=-5.0"),
         (CLIP, {"loss.weights.clip": 0.0}, "config.loss.weights={'clip': 0.0}"),
@@ -439,8 +453,8 @@ def test_one_example_is_too_few_for_batch_normalisation(
 
 
 def test_data_without_synthetic_captions(photographs, tmp_path):
-    with pytest.raises(ValueError, match="plain.* has no synthetic captions.*--synthetic-column"):
-        train(tiny(ALIP, {"data.source": str(photographs / "plain")}), tmp_path / "run")
+    with pytest.raises(ValueError, match="data.* has no synthetic captions.*--synthetic-column"):
+        train(tiny(ALIP, {"data.source": str(photographs / "data")}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -452,10 +466,11 @@ def test_misspelt_loss_weight(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_workdir_that_cannot_be_written(tmp_path):
+def test_workdir_that_cannot_be_written(toy_config, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match="--workdir=.*file/run cannot be written to"):
-        train(tiny(CLIP), tmp_path / "file" / "run")
+        train(toy_config(), tmp_path / "file" / "run")
+    assert "Initializing" not in capsys.readouterr().out  # nothing was compiled for it
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,11 @@ WORD_END = "</w>"  # ends the spelling of a token that ends a word
 # Of a text that are read: no context holds more, and cleaning megabytes takes seconds.
 MAX_CHARACTERS = 10_000
 
-# Tokenisers give some of these spellings the special ids, wherever they stand in a text. An end
+# Tokenizers give some of these spellings the special ids, wherever they stand in a text. An end
 # token inside a caption would move the place its feature is read from.
 _MARKERS = re.compile(r"<(?:start|end)_of_text>|<\|(?:start|end)oftext\|>")
 
-# Words, as OpenAI's tokeniser has them; white space is left out.
+# Words, as OpenAI's tokenizer has them; white space is left out.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 # Decoding threads keep the cores busy already. Without threads of its own the library also has

@@ -523,7 +523,9 @@ def logged(found: Found) -> dict[str, float]:
     }
 
 
-def keep(workdir: Path, step: int, checkpoint: str, found: Found, absent: list[dict[str, str]]):
+def keep(
+    workdir: Path, step: int, checkpoint: str, found: Found, absent: list[dict[str, str]]
+) -> None:
     """Writes down what was found during training, so that nothing is scored twice.
 
     Args:
