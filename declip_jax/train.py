@@ -429,12 +429,12 @@ def check_config(config, setup: Setup) -> None:
         raise ValueError(
             f"config.loss.mlm_places={config.loss.mlm_places} must lie in 0 … 1, above 0."
         )
-    largest = math.log(float(jnp.finfo(jnp.float32).max))
-    if config.loss.logit_scale_range[1] > largest:
+    limits, largest = config.loss.logit_scale_range, math.log(float(jnp.finfo(jnp.float32).max))
+    if limits[1] > largest:
         raise ValueError(
-            f"config.loss.logit_scale_range={tuple(config.loss.logit_scale_range)}: the upper limit "
-            f"must be below {largest:.1f}, above which its exponential is no float32 any more; "
-            "published recipes have (3.0, 6.0)."
+            f"config.loss.logit_scale_range={tuple(limits)}: the upper limit must be below "
+            f"{largest:.1f}, above which its exponential is no float32 any more; published recipes "
+            "have (3.0, 6.0)."
         )
     for name in setup.method.views.image:
         augment.check_view(name, config.views[name])
