@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import jax
@@ -17,6 +16,7 @@ from declip_jax.data.sources import open_source
 from declip_jax.data.tokenizer import EOT, MASK, tokenize
 from declip_jax.methods import Aux
 from declip_jax.train import Setup, make_init, make_train_step
+from tests.commands import ROOT, user_environment
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_command_line(tmp_path):
         command = [sys.executable, "-m", "declip_jax.views", "--records=1", "--draws=1"]
         return subprocess.run(
             [*command, "--config=configs/quickstart.py:tiny", *arguments],
-            cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+            cwd=ROOT, env=user_environment(), capture_output=True, text=True,
         )  # fmt: skip
 
     out = tmp_path / "views.png"
