@@ -26,13 +26,14 @@ help:
 	@echo "make quickstart  train DeCLIP on drawn scenes, score it, write runs/quickstart/report.html"
 	@echo "make test        run the tests (make test-all adds a whole quickstart, five minutes)"
 	@echo "make test-extras test what needs Apache Beam or PyTorch's libraries, in an environment of its own"
-	@echo "make lint        ruff check and format check"
 	@echo "make test-compiled  test what depends on the versions of JAX and its compiler"
+	@echo "make lint        ruff check and format check"
 	@echo "make setup       only create .venv and install everything"
 	@echo "PYTHON=python3.13 chooses the interpreter, CONSTRAINTS=.ci/constraints/newest.txt versions"
 
-# Made anew where other versions are asked for.
-INSTALLED := $(VENV)/.installed$(if $(CONSTRAINTS),-$(notdir $(CONSTRAINTS)))
+# Made anew where other versions are asked for; without a word of versions, what is there will do.
+INSTALLED := $(if $(CONSTRAINTS),$(VENV)/.installed-$(notdir $(CONSTRAINTS)),$(firstword \
+	$(wildcard $(VENV)/.installed*) $(VENV)/.installed))
 
 setup: $(INSTALLED)
 
