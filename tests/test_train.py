@@ -329,6 +329,21 @@ def test_sigterm_saves_the_step_in_hand(toy_config, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_what_an_interrupted_evaluation_has_scored_is_kept(toy_config, tmp_path, monkeypatch):
+    original = train_module.suite.run
+
+    def run(tasks, encoder, stop):
+        found = original(tasks[:1], encoder, stop)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(train_module.suite, "run", run)
+    state = train(toy_config(**{"eval.every": 1, "checkpoint.every": 100}), tmp_path)
+    assert int(state.step) == 1 and Checkpoints(tmp_path, read_only=True).steps() == [1]
+    written = json.loads((tmp_path / "evaluations" / "step_1.json").read_text())
+    assert [result["task"] for result in written["results"]] == ["zeroshot"]
+
+
 def write_tar(path: Path, damaged: Sequence[int]) -> str:
     """Twenty images with captions, a webdataset; of some the image is cut off."""
     rng = np.random.default_rng(0)
