@@ -1,4 +1,4 @@
-"""The methods against each other at one small budget: same towers, same pairs seen, same optimiser.
+"""The methods against each other at one small budget: same towers, same pairs seen, same optimizer.
 
   python benchmarks/compare_methods.py --out benchmarks/results/compare_methods_scenes.json
   python benchmarks/compare_methods.py --data data/cifar10 \\
@@ -73,15 +73,15 @@ def config_of(variant: str, seed: int, args) -> ml_collections.ConfigDict:
     config.loss, config.data.mask_rate = published.loss, published.data.mask_rate
     config.loss.logit_scale_range = limits
     config.loss.support_set.size = args.support_set
-    config.loss.mlm_places = 0.12  # half of the positions are padding
+    config.loss.mlm_capacity = 0.12  # half of the positions are padding
     if method == "filip":
         config.loss.weights.clip = 1.0
     config.data.eda = ("swap", "delete")  # synonyms would need a file
     config.model.heads.update(projector=128, predictor=64, simclr_hidden=256, simclr=64, dense=64)
     config.optim.peak_lr = args.peak_lr
-    # Colour is what captions tell: no grey, no turn of the hue, in any view.
+    # Color is what captions tell: no gray, no turn of the hue, in any view.
     config.views.strong.update(
-        crop_scale=(0.8, 1.0), jitter=(0.2, 0.2, 0.2, 0.0), jitter_prob=0.8, grey_prob=0.0
+        crop_scale=(0.8, 1.0), jitter=(0.2, 0.2, 0.2, 0.0), jitter_prob=0.8, grayscale_prob=0.0
     )
     config.views.strong.update(flip=0.0, blur_prob=0.0)
     config.compilation_cache = str(args.workdir / "cache")  # seeds share their programs

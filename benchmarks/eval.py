@@ -36,7 +36,7 @@ from declip_jax.evals.cache import Cache  # noqa: E402
 from declip_jax.evals.preprocess import preprocess  # noqa: E402
 from declip_jax.evals.zeroshot import class_embeddings, zeroshot  # noqa: E402
 from declip_jax.parallel.mesh import shard_batch  # noqa: E402
-from declip_jax.train import Setup  # noqa: E402
+from declip_jax.step import Setup  # noqa: E402
 
 
 class Repeated(Source):
@@ -82,7 +82,7 @@ def main() -> None:
         config.model.dtype = "float32"
     setup = Setup(config)
     state = setup.init_state()
-    encoder = Encoder(setup.method, config, setup.mesh).use(state.eval_params, state.extra)
+    encoder = Encoder(setup.method, config, setup.mesh).use(state.eval_params, state.model_state)
     seen = preprocess(config)
     reading = dict(
         resolution=seen.resolution, resize=seen.short_side, batch_size=config.eval.batch_size
@@ -124,22 +124,22 @@ def main() -> None:
 
     @jax.jit
     def images_of(batch):
-        return augment.normalise(batch["image"] / 255.0, seen.mean, seen.std)
+        return augment.normalize(batch["image"] / 255.0, seen.mean, seen.std)
 
     @jax.jit
-    def loss(params, extra, batch):
+    def loss(params, model_state, batch):
         return setup.method.loss(
-            params, extra, {**batch, "image": images_of(batch)}, jax.random.PRNGKey(0)
+            params, model_state, {**batch, "image": images_of(batch)}, jax.random.PRNGKey(0)
         )[0]
 
     @jax.jit
-    def tower(params, extra, batch):
-        return setup.method.encode_image(params, extra, images_of(batch)[:, 0])
+    def tower(params, model_state, batch):
+        return setup.method.encode_image(params, model_state, images_of(batch)[:, 0])
 
     def repeated(program):
         def run() -> None:
             for _ in range(args.images // args.batch):
-                out = program(state.eval_params, state.extra, batch)
+                out = program(state.eval_params, state.model_state, batch)
             out.block_until_ready()
 
         return run

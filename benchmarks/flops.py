@@ -4,7 +4,7 @@ A product [n, k] x [k, m] is 2nkm. What a training step needs, whatever the impl
 twice: each product forward, and once more for the gradient of each of its two inputs that has one.
 Images have none, nor have frozen weights, stopped features and the support set. Attention is
 counted in full, causal or not. Compilers' own counts will not do: XLA's takes the body of a loop
-once, and what rematerialisation repeats twice.
+once, and what rematerialization repeats twice.
 """
 
 import re
@@ -116,8 +116,8 @@ def _term(
         yield mlm_words * 2 * model.text.width * model.text.vocab_size, 3
     elif term == "nn_text":
         yield 2 * 2 * config.loss.support_set.size * model.embed_dim, 1  # both texts are looked up
-        neighbours = config.loss.support_set.neighbours
-        yield 4 * logits * neighbours, 2  # two images with two texts' neighbours, constants
+        neighbors = config.loss.support_set.neighbors
+        yield 4 * logits * neighbors, 2  # two images with two texts' neighbors, constants
     elif term == "filip":
         options = config.loss.late_interaction
         pairs, mapped = (4, 2) if two_views and options.all_views else (1, 1)

@@ -8,9 +8,9 @@ or drawn, at each size, and make batches of random crops of 224 pixels, shares o
 to 1 as for CLIP. Three views come from one decoding in both.
 
   declip_jax  `train_batches`: decoded by simplejpeg, resized by OpenCV, to uint8, as the training
-              step takes it; captions are drawn and tokenised, too.
+              step takes it; captions are drawn and tokenized, too.
   torch       a dataset that opens an image with PIL, crops and resizes it as torchvision's
-              RandomResizedCrop, makes a float tensor and normalises it. No captions.
+              RandomResizedCrop, makes a float tensor and normalizes it. No captions.
   uint8       the same without the last two steps, for these would fit on the device as well.
 
 With 0 or 1 worker processes a pipeline has one core for all it does, with 2 workers two; the
@@ -225,7 +225,7 @@ def photographs(path: Path, count: int) -> list[np.ndarray]:
 
 
 def drawn(count: int) -> list[np.ndarray]:
-    """Noise whose contrast falls with its fineness, as in photographs, mostly grey."""
+    """Noise whose contrast falls with its fineness, as in photographs, mostly gray."""
     rng = np.random.default_rng(0)
     pictures = []
     for _ in range(count):

@@ -70,7 +70,7 @@ def info_nce(pairs: int, limit: float | None):
         yield Row(f"InfoNCE, {pairs:,} pairs, {WIDTH} wide", form, mesh.size, mib, most)
 
 
-def nearest_neighbour(queries: int, rows: int, limit: float):
+def nearest_neighbor(queries: int, rows: int, limit: float):
     mesh = make_mesh(-1, 1)
     state = {
         "rows": array(batch_sharding(mesh), rows, WIDTH),
@@ -127,7 +127,7 @@ def main() -> None:
     for group in (
         info_nce(32_768, limit=130),
         info_nce(65_536, limit=None),
-        nearest_neighbour(8192, 65_536, limit=64),
+        nearest_neighbor(8192, 65_536, limit=64),
         token_interaction(1024, 49, 77, 256, limit=1.2 * 1024),
     ):
         for row in group:

@@ -5,7 +5,7 @@
   python benchmarks/step.py --method clip --tower ViT-B/16 --batch 1024 --tokens 32 \\
       --variant "" --variant model.attention=cudnn --variant model.remat=dots,batch_size=2048
 
-The step is the whole one, with augmentation and optimiser, on a batch of random images and captions
+The step is the whole one, with augmentation and optimizer, on a batch of random images and captions
 that is already on the device: most captions have about 12 tokens, the longest fills the length.
 Each variant (comma-separated settings of the configuration, "" for the recipe as it is) is timed
 with every length of captions. Rounds of all of them, of a large matrix product and, with --peer, of
@@ -46,10 +46,10 @@ from declip_jax.interop import openai  # noqa: E402
 from declip_jax.methods import METHODS, Views  # noqa: E402
 from declip_jax.models.variants import variant as tower_sizes  # noqa: E402
 from declip_jax.parallel.mesh import shard_batch  # noqa: E402
-from declip_jax.train import Setup  # noqa: E402
+from declip_jax.step import Setup  # noqa: E402
 
 # Relative differences from PyTorch's: of the first loss and gradient norm, and of the loss after
-# CHECK_STEPS updates, which has what the optimiser makes of the rounding.
+# CHECK_STEPS updates, which has what the optimizer makes of the rounding.
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 5e-2)}
 CHECK_STEPS = 3
 

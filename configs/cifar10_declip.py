@@ -1,4 +1,4 @@
-"""DeCLIP beside the CLIP of configs/cifar10.py: the same data, towers, optimiser and pairs seen."""
+"""DeCLIP beside the CLIP of configs/cifar10.py: the same data, towers, optimizer and pairs seen."""
 
 from ml_collections import ConfigDict
 
@@ -12,7 +12,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.loss.weights = {"clip": 1.0, "simsiam": 0.2, "mlm": 0.02, "nn_text": 0.2}
     config.loss.support_set.size = 2048
     config.loss.contrast_masked = False  # the class is one word, and may be the masked one
-    config.loss.mlm_places = 0.05
+    config.loss.mlm_capacity = 0.05
     config.views.strong.update(crop_scale=(0.6, 1.0), blur_prob=0.0)
     # A masked token costs more than the rest of its caption: 49,409 logits.
     config.data.mask_rate = 0.05

@@ -19,7 +19,7 @@ def _common() -> ConfigDict:
     config = ConfigDict()
     config.method = "clip"
     config.seed = 0
-    config.batch_size = 4096  # pairs an optimiser step, over all devices together
+    config.batch_size = 4096  # pairs an optimizer step, over all devices together
     config.total_steps = 128_000
     config.microbatches = 1  # parts that a batch is encoded in, one after the other
 
@@ -52,12 +52,12 @@ def _common() -> ConfigDict:
     config.loss.temperature = 0.1  # SLIP: of NT-Xent
     config.loss.contrast_masked = True  # MLM methods: contrast the masked caption, or a whole copy
     # MLM head: it runs on so many places for each position, padding included. Masked positions that
-    # find none are left out, and counted in the metric mlm_overflow.
-    config.loss.mlm_places = 0.2
+    # find none are left out, and counted in the metric mlm_dropped.
+    config.loss.mlm_capacity = 0.2
     config.loss.support_set = dict(
         size=65_536,  # rows
-        neighbours=1,  # each query's nearest so many
-        young_steps=2,  # metric: share of neighbours enqueued within so many steps
+        neighbors=1,  # each query's nearest so many
+        young_steps=2,  # metric: share of neighbors enqueued within so many steps
     )
     config.loss.late_interaction = dict(
         tokens=16,  # of each sample that the other modality sees; 0: all
@@ -76,7 +76,7 @@ def _common() -> ConfigDict:
         flip=0.0,
         jitter=(0.4, 0.4, 0.4, 0.1),  # brightness, contrast, saturation, hue
         jitter_prob=0.0,
-        grey_prob=0.0,
+        grayscale_prob=0.0,
         blur_prob=0.0,
         blur_sigma=(0.1, 2.0),  # pixels
     )
@@ -86,7 +86,7 @@ def _common() -> ConfigDict:
         flip=0.5,
         jitter=(0.4, 0.4, 0.4, 0.1),
         jitter_prob=0.8,
-        grey_prob=0.2,
+        grayscale_prob=0.2,
         blur_prob=0.5,
         blur_sigma=(0.1, 2.0),
     )
@@ -116,7 +116,7 @@ def _common() -> ConfigDict:
     config.data.eda = ("synonym", "swap", "delete")  # caption augmentation: one of these
     config.data.synonyms = ""  # file written by `prepare synonyms`, for "synonym"
 
-    # --- optimiser -------------------------------------------------------------------------------
+    # --- optimizer -------------------------------------------------------------------------------
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # or "lamb", "sgd" (with Nesterov momentum)
     config.optim.peak_lr = 1e-3

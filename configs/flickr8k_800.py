@@ -35,5 +35,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.eval.batch_size = 128
     config.eval.preprocess = "train"
     config.eval.retrieval.source = "data/flickr8k_800"
-    config.eval.retrieval.split = "train"  # whether it can learn photographs, not generalisation
+    config.eval.retrieval.split = "train"  # whether it can learn photographs, not generalization
     return common.finish(config, arg)

@@ -28,11 +28,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.loss.support_set.size = 2048
     # A masked caption has often lost the one word that tells two scenes apart.
     config.loss.contrast_masked = False
-    config.loss.mlm_places = 0.035  # padding takes none
+    config.loss.mlm_capacity = 0.035  # padding takes none
 
-    # Captions tell colours and where things are: no grey, no other hues, no flips, small crops.
+    # Captions tell colors and where things are: no gray, no other hues, no flips, small crops.
     config.views.weak.crop_scale = (0.9, 1.0)
-    config.views.strong.update(crop_scale=(0.9, 1.0), flip=0.0, grey_prob=0.0, blur_prob=0.0)
+    config.views.strong.update(crop_scale=(0.9, 1.0), flip=0.0, grayscale_prob=0.0, blur_prob=0.0)
     config.views.strong.jitter = (0.2, 0.2, 0.2, 0.0)
     config.image_mean = config.image_std = (0.5, 0.5, 0.5)
 

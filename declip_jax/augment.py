@@ -1,23 +1,23 @@
 """Image augmentation on the device: what the host leaves out after decoding and cropping.
 
-Flip, colour jitter, greyscale, blur and normalisation run inside the training step on uint8
+Flip, color jitter, grayscale, blur and normalization run inside the training step on uint8
 images. Each example has its own key, folded from the step's key and the example's place in the
 global batch, so the result does not depend on how the batch is sharded. An operation whose
 probability is 0 is not traced at all.
 
-The operations work on one image as three planes, float [3, H, W] in 0..1: with the colours last,
+The operations work on one image as three planes, float [3, H, W] in 0..1: with the colors last,
 a CPU spends five times as long on them.
 """
 
 import jax
 import jax.numpy as jnp
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL and torchvision convert to grey
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL and torchvision convert to gray
 
 
 def check_view(name: str, view) -> None:
     """Raises ValueError naming the field of `config.views.<name>` that is out of range."""
-    for field in ("flip", "jitter_prob", "grey_prob", "blur_prob"):
+    for field in ("flip", "jitter_prob", "grayscale_prob", "blur_prob"):
         if not 0 <= view[field] <= 1:
             raise ValueError(
                 f"config.views.{name}.{field}={view[field]} is a probability: 0 to 1 is expected."
@@ -42,7 +42,7 @@ def check_view(name: str, view) -> None:
 
 
 def augment(key: jax.Array, images: jax.Array, views, mean, std) -> jax.Array:
-    """Augments and normalises every view of a batch.
+    """Augments and normalizes every view of a batch.
 
     Args:
       key: the step's key.
@@ -61,10 +61,10 @@ def augment(key: jax.Array, images: jax.Array, views, mean, std) -> jax.Array:
         pixels = jnp.moveaxis(images[:, v], -1, 1).astype(jnp.float32) / 255  # [B, 3, H, W]
         pixels = jax.vmap(lambda k, x, view=view: _augment_one(k, x, view))(keys, pixels)
         out.append(jnp.moveaxis(pixels, 1, -1))
-    return normalise(jnp.stack(out, axis=1), mean, std)
+    return normalize(jnp.stack(out, axis=1), mean, std)
 
 
-def normalise(pixels: jax.Array, mean, std) -> jax.Array:
+def normalize(pixels: jax.Array, mean, std) -> jax.Array:
     """(pixels - mean) / std on the last axis; `pixels` float in 0..1."""
     return (pixels - jnp.asarray(mean)) / jnp.asarray(std)
 
@@ -84,7 +84,7 @@ def _augment_one(key: jax.Array, image: jax.Array, view) -> jax.Array:
             jax.random.uniform(k, (), minval=-strength, maxval=strength)
             for k, strength in zip(keys, view.jitter, strict=True)
         ]
-        return jitter_colours(image, *shifts)
+        return jitter_colors(image, *shifts)
 
     def blur(key, image):
         low, high = view.blur_sigma
@@ -93,25 +93,25 @@ def _augment_one(key: jax.Array, image: jax.Array, view) -> jax.Array:
 
     image = maybe(0, view.flip, lambda _, x: x[:, :, ::-1], image)
     image = maybe(1, view.jitter_prob, jitter, image)
-    image = maybe(2, view.grey_prob, lambda _, x: jnp.broadcast_to(grey(x), x.shape), image)
+    image = maybe(2, view.grayscale_prob, lambda _, x: jnp.broadcast_to(gray(x), x.shape), image)
     return maybe(3, view.blur_prob, blur, image)
 
 
-def grey(image: jax.Array) -> jax.Array:
+def gray(image: jax.Array) -> jax.Array:
     """Luminance [H, W]."""
-    # Written out: XLA vectorises no sum over so short an axis on a CPU.
+    # Written out: XLA vectorizes no sum over so short an axis on a CPU.
     return LUMA[0] * image[0] + LUMA[1] * image[1] + LUMA[2] * image[2]
 
 
-def jitter_colours(image: jax.Array, brightness, contrast, saturation, hue) -> jax.Array:
+def jitter_colors(image: jax.Array, brightness, contrast, saturation, hue) -> jax.Array:
     """torchvision's adjust_brightness, _contrast and _saturation by 1 + shift, then _hue."""
 
     def blend(image, other, shift):  # a factor of 1 + shift: 0 gives `other`, 1 the image
         return jnp.clip(other + (1 + shift) * (image - other), 0.0, 1.0)
 
     image = blend(image, 0.0, brightness)
-    image = blend(image, grey(image).mean(), contrast)
-    image = blend(image, grey(image), saturation)
+    image = blend(image, gray(image).mean(), contrast)
+    image = blend(image, gray(image), saturation)
     return shift_hue(image, hue)
 
 
@@ -139,7 +139,7 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array, radius: int) -> jax.Array:
     """Gaussian blur of standard deviation `sigma` pixels, cut off `radius` pixels away.
 
     Edges are continued with their own pixels. Pillow's filter, which the published programs use,
-    draws near this by three box filters: on photographs the two differ by one grey level of 255 in
+    draws near this by three box filters: on photographs the two differ by one gray level of 255 in
     the mean.
     """
     taps = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)

@@ -21,7 +21,7 @@ from declip_jax.data.order import Order
 from declip_jax.data.pipeline import cores
 from declip_jax.data.sources import Source, open_data
 from declip_jax.main import parse_flags  # and the flag --config
-from declip_jax.train import Setup
+from declip_jax.step import Setup
 
 flags.declare_key_flag("config")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "How long to measure.", lower_bound=1.0)

@@ -6,6 +6,7 @@ and a fingerprint of every leaf: array files whose bytes were flipped on disk wo
 restored without a word.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -26,6 +27,9 @@ from declip_jax.state import TrainState
 # Settings of the model that change how it is computed, not what it is; and the methods' own layers,
 # which not every method has: where one does not fit, restoring says so by its name.
 _FREE = ("model.scan", "model.remat", "model.dtype", "model.attention", "model.heads.")
+
+
+_MODEL_STATE = "extra"  # what `TrainState.model_state` is called on disk, as in the first runs
 
 
 class CheckpointError(ValueError):
@@ -141,12 +145,12 @@ class Checkpoints:
             "samples": samples,
             "data": data,
             "config": json.loads(to_json(config)),
-            "fingerprint": _fingerprint(state),
+            "fingerprint": _fingerprint(_on_disk(state)),
         }
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+                state=ocp.args.StandardSave(_on_disk(state)), record=ocp.args.JsonSave(record)
             ),
             metrics=metrics,
         )
@@ -169,12 +173,13 @@ class Checkpoints:
           CheckpointError: leaves missing, unexpected or of another shape or dtype (each named), or
             bytes that changed on disk.
         """
-        self._check_leaves(step, like)
+        wanted = _on_disk(like)
+        self._check_leaves(step, wanted)
         state = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         ).state
         self._check_bytes(step, state)
-        return state
+        return TrainState(model_state=state.pop(_MODEL_STATE), **state)
 
     def restore_model(self, step: int, ema: bool | None = None) -> dict[str, Any]:
         """Restores the model alone, of any configuration, as host arrays.
@@ -197,8 +202,8 @@ class Checkpoints:
             )
         params = "ema" if averaged and ema is not False else "params"
         wanted = {params: metadata[params]}
-        if "batch_stats" in metadata["extra"]:
-            wanted["extra"] = {"batch_stats": metadata["extra"]["batch_stats"]}
+        if "batch_stats" in (of_model := metadata[_MODEL_STATE]):
+            wanted[_MODEL_STATE] = {"batch_stats": of_model["batch_stats"]}
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), wanted
@@ -211,7 +216,7 @@ class Checkpoints:
                 args=ocp.args.PyTreeRestore(like, arguments, partial_restore=True),
             )
         self._check_bytes(step, state)
-        return jax.device_get({"params": state[params], **state.get("extra", {})})
+        return jax.device_get({"params": state[params], **state.get(_MODEL_STATE, {})})
 
     def _check_bytes(self, step: int, state: Any) -> None:
         saved = self.record(step)["fingerprint"]
@@ -223,7 +228,7 @@ class Checkpoints:
                 f"before it (steps here: {self.steps()})."
             )
 
-    def _check_leaves(self, step: int, like: TrainState) -> None:
+    def _check_leaves(self, step: int, like: dict[str, Any]) -> None:
         # Orbax casts another dtype without a word, and its error for a shape names no leaf.
         metadata = self._manager.item_metadata(step)["state"]
         saved = {path_name(p): (tuple(m.shape), np.dtype(m.dtype)) for p, m in _leaves(metadata)}
@@ -240,7 +245,7 @@ class Checkpoints:
             shown = "\n  ".join(problems[:20])
             more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise CheckpointError(
-                f"The checkpoint {self._folder / str(step)} does not fit the model and optimiser "
+                f"The checkpoint {self._folder / str(step)} does not fit the model and optimizer "
                 f"in hand:\n  {shown}{more}\nUse the configuration that it was trained with, or "
                 "another workdir."
             )
@@ -287,6 +292,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def _on_disk(state: TrainState) -> dict[str, Any]:
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {_MODEL_STATE if name == "model_state" else name: x for name, x in parts.items()}
 
 
 def _leaves(tree) -> list:

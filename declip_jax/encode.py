@@ -29,19 +29,19 @@ class Encoder:
         self.context = config.model.text.context
         seen = preprocess(config)
 
-        def image(params, extra, batch):
+        def image(params, model_state, batch):
             pixels = batch["image"].astype("float32") / 255
-            pixels = augment.normalise(pixels, seen.mean, seen.std)
-            return method.encode_image(params, extra, pixels)
+            pixels = augment.normalize(pixels, seen.mean, seen.std)
+            return method.encode_image(params, model_state, pixels)
 
-        def text(params, extra, batch):
-            return method.encode_text(params, extra, batch["tokens"])
+        def text(params, model_state, batch):
+            return method.encode_text(params, model_state, batch["tokens"])
 
         self._image = jax.jit(image, out_shardings=replicated(mesh))
         self._text = jax.jit(text, out_shardings=replicated(mesh))
 
-    def use(self, params, extra) -> "Encoder":
-        self._params, self._extra = params, extra
+    def use(self, params, model_state) -> "Encoder":
+        self._params, self._model_state = params, model_state
         return self
 
     def encode_image(self, images: np.ndarray) -> np.ndarray:
@@ -59,6 +59,6 @@ class Encoder:
             # Always the same shape, so one compiled program; the padding's features are cut off.
             padded = np.zeros((self._batch_size, *rows.shape[1:]), rows.dtype)
             padded[: len(block)] = block
-            out = encode(self._params, self._extra, shard_batch({name: padded}, self.mesh))
+            out = encode(self._params, self._model_state, shard_batch({name: padded}, self.mesh))
             features.append(np.asarray(out)[: len(block)])
         return np.concatenate(features)

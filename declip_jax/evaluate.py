@@ -35,13 +35,13 @@ from declip_jax.evals import sets, suite, suites
 from declip_jax.evals.cache import Cache
 from declip_jax.evals.results import Results
 from declip_jax.interop.architecture import config_of
-from declip_jax.interop.fitting import resized
 from declip_jax.interop.pretrained import FORMATS
+from declip_jax.interop.transfer import resized
 from declip_jax.methods.base import encoders
 from declip_jax.metrics import duration, silence_alarms, table
 from declip_jax.parallel.mesh import make_mesh, replicated
 from declip_jax.state import TrainState
-from declip_jax.train import Setup
+from declip_jax.step import Setup
 
 IMPORTED = "imported.json"
 
@@ -96,7 +96,7 @@ def load(workdir: Path, step: str = "newest", preprocess: str | None = None) -> 
     setup = Setup(config, _devices(sizes))
     state = checkpoints.restore(chosen, setup.abstract_state)
     checkpoints.close()
-    encoder = Encoder(setup.method, config, setup.mesh).use(state.eval_params, state.extra)
+    encoder = Encoder(setup.method, config, setup.mesh).use(state.eval_params, state.model_state)
     return Trained(config, encoder, chosen, digest_of(record), record, setup, state)
 
 
@@ -198,10 +198,12 @@ def load_imported(imported: Imported) -> Trained:
         )
     )
     mesh = make_mesh(-1, 1, _devices({"eval.batch_size": config.eval.batch_size}))
-    extra = jax.device_put(dict(model.variables), replicated(mesh))
-    params = extra.pop("params")
-    encoder = Encoder(encoders(config), config, mesh).use(params, extra)
-    state = TrainState(step=0, params=params, opt_state=None, extra=extra, ema=None, rng=None)
+    model_state = jax.device_put(dict(model.variables), replicated(mesh))
+    params = model_state.pop("params")
+    encoder = Encoder(encoders(config), config, mesh).use(params, model_state)
+    state = TrainState(
+        step=0, params=params, opt_state=None, model_state=model_state, ema=None, rng=None
+    )
     told = ("method", "model", "image_mean", "image_std")  # the rest is how it is evaluated here
     record = {"samples": 0, "config": json.loads(to_json(ConfigDict({n: config[n] for n in told})))}
     return Trained(config, encoder, 0, digest, record, None, state)

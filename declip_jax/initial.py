@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from declip_jax.checkpoint import Checkpoints
 from declip_jax.evals.preprocess import CLIP, IMAGENET, preprocess
 from declip_jax.interop import pretrained
-from declip_jax.interop.fitting import fit
 from declip_jax.interop.pretrained import Pretrained
+from declip_jax.interop.transfer import fit
 from declip_jax.state import TrainState
 
 
@@ -44,7 +44,7 @@ def read(path: str | Path, format: str = "") -> Pretrained:
 
 
 def read_run(workdir: Path, step: str = "newest", ema: bool | None = None) -> OfRun:
-    """Reads a model from a run's checkpoint, without its optimiser.
+    """Reads a model from a run's checkpoint, without its optimizer.
 
     Args:
       workdir: of the run.
@@ -137,13 +137,13 @@ def start(config, init_state: Callable[[], TrainState], say: Callable[[str], Any
     say(f"Starts from {given.describe()}.")
     state = init_state()
     fresh = {"params": state.params}
-    if "batch_stats" in state.extra:
-        fresh["batch_stats"] = state.extra["batch_stats"]
+    if "batch_stats" in state.model_state:
+        fresh["batch_stats"] = state.model_state["batch_stats"]
     taken, notes = fit(given, fresh, config.model, config.init_resize)
     here = tuple(config.image_mean), tuple(config.image_std)
     if given.mean and given.std and here != (given.mean, given.std):
         notes.append(
-            f"its images were normalised with mean {given.mean} and deviation {given.std}, those "
+            f"its images were normalized with mean {given.mean} and deviation {given.std}, those "
             f"of this run are with {here[0]} and {here[1]}"
         )
     for note in notes:
@@ -164,7 +164,7 @@ def start(config, init_state: Callable[[], TrainState], say: Callable[[str], Any
     variables = unflatten_dict(leaves)
     params = variables.pop("params")
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-    return state.replace(params=params, ema=ema, extra={**state.extra, **variables})
+    return state.replace(params=params, ema=ema, model_state={**state.model_state, **variables})
 
 
 def _plain(value: Any) -> Any:

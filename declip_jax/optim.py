@@ -1,4 +1,4 @@
-"""The optimiser: learning-rate schedules, parameter groups by name, AdamW, LAMB and SGD."""
+"""The optimizer: learning-rate schedules, parameter groups by name, AdamW, LAMB and SGD."""
 
 import difflib
 from collections.abc import Callable, Iterable

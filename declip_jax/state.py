@@ -11,10 +11,10 @@ class TrainState:
     """Everything a run needs to continue exactly, but for the position in the data.
 
     Attributes:
-      step: int32 scalar, optimiser steps done.
-      params: what the optimiser updates.
-      opt_state: the optimiser's own state.
-      extra: all other state of the method (BN statistics, support set, running means).
+      step: int32 scalar, optimizer steps done.
+      params: what the optimizer updates.
+      opt_state: the optimizer's own state.
+      model_state: all other state of the method (BN statistics, support set, running means).
       ema: exponential moving average of the parameters, or None when it is off.
       rng: key that, folded with `step`, gives every random number of a step.
     """
@@ -22,7 +22,7 @@ class TrainState:
     step: jax.Array
     params: Any
     opt_state: Any
-    extra: Any
+    model_state: Any
     ema: Any
     rng: jax.Array
 

@@ -1,4 +1,4 @@
-"""The nearest-neighbour support set: a queue of features, sharded by rows over all devices.
+"""The nearest-neighbor support set: a queue of features, sharded by rows over all devices.
 
 Dwibedi et al., With a Little Help from My Friends: Nearest-Neighbor Contrastive Learning of Visual
 Representations (NNCLR), 2021, arXiv:2104.14548. Li et al., Supervision Exists Everywhere: A Data
@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 State = dict[str, jax.Array]
 
 
-class Neighbours(NamedTuple):
+class Neighbors(NamedTuple):
     """The k rows nearest to each of Q queries, nearest first. No gradient flows through them.
 
     Attributes:
@@ -37,7 +37,7 @@ class Neighbours(NamedTuple):
 
 
 def check(
-    size: int, devices: int, enqueued_per_step: int, neighbours: int, young_steps: int
+    size: int, devices: int, enqueued_per_step: int, neighbors: int, young_steps: int
 ) -> None:
     """Raises ValueError, naming the field, for a support set that could not work.
 
@@ -45,8 +45,8 @@ def check(
       size: N, the number of rows.
       devices: that the rows are divided over.
       enqueued_per_step: rows, of all devices together.
-      neighbours: k, asked for by each query.
-      young_steps: within which a neighbour counts as young, see `metrics`.
+      neighbors: k, asked for by each query.
+      young_steps: within which a neighbor counts as young, see `metrics`.
     """
     field = f"config.loss.support_set.size={size}"
     if size < 1 or size % devices:
@@ -59,9 +59,9 @@ def check(
             f"{field} is smaller than the {enqueued_per_step} rows enqueued a step, 2 × "
             "config.batch_size (augmented captions and captions): choose at least that many."
         )
-    if not 1 <= neighbours <= size:
+    if not 1 <= neighbors <= size:
         raise ValueError(
-            f"config.loss.support_set.neighbours={neighbours} must lie in 1 … {size}, the size of "
+            f"config.loss.support_set.neighbors={neighbors} must lie in 1 … {size}, the size of "
             "the set."
         )
     if young_steps < 1:
@@ -72,13 +72,13 @@ def init(rng: jax.Array, size: int, width: int) -> State:
     """A set of `size` random unit rows; the same whatever sharding the caller gives it."""
     rows = jax.random.normal(rng, (size, width))
     return {
-        "rows": _normalise(rows),
+        "rows": _normalize(rows),
         "pointer": jnp.zeros((), jnp.int32),
         "filled": jnp.zeros((), jnp.int32),
     }
 
 
-def nearest(state: State, queries: jax.Array, k: int = 1, *, mesh: Mesh, block: int) -> Neighbours:
+def nearest(state: State, queries: jax.Array, k: int = 1, *, mesh: Mesh, block: int) -> Neighbors:
     """Finds the k rows of the set that are nearest to each query by cosine.
 
     Of equally near rows the one with the lower index comes first, on every mesh. Rows of a set that
@@ -91,7 +91,7 @@ def nearest(state: State, queries: jax.Array, k: int = 1, *, mesh: Mesh, block: 
     Args:
       state: the set.
       queries: [Q, D] unit rows; Q must be a multiple of the number of devices.
-      k: neighbours a query, at most N.
+      k: neighbors a query, at most N.
       mesh: over all of whose axes the set lies.
       block: rows; a device holds [Q, block] similarities at a time.
     """
@@ -108,7 +108,7 @@ def nearest(state: State, queries: jax.Array, k: int = 1, *, mesh: Mesh, block: 
             def best_of_block(start):
                 part = jax.lax.dynamic_slice_in_dim(rows, start, width)  # [block, D]
                 index = first + start + jnp.arange(width)
-                part = _normalise(part)
+                part = _normalize(part)
                 similarity = jnp.matmul(queries, part.T, precision=jax.lax.Precision.HIGHEST)
                 seen = (found[:, None, :] == index[:, None]).any(axis=2)  # [Q, block]
                 similarity = jnp.where(seen, -jnp.inf, similarity)
@@ -123,19 +123,19 @@ def nearest(state: State, queries: jax.Array, k: int = 1, *, mesh: Mesh, block: 
             mine = (first <= index) & (index < first + len(rows))
             row = jnp.where(mine[:, None], jnp.take(rows, index - first, axis=0, mode="clip"), 0)
             row = jax.lax.psum_scatter(row, axes, tiled=True)  # [Q, D] -> [Q / devices, D]
-            return found.at[:, place].set(index), (_normalise(row), best)
+            return found.at[:, place].set(index), (_normalize(row), best)
 
         found = jnp.full((len(queries), k), -1)
-        found, (neighbours, similarity) = jax.lax.scan(find_next, found, jnp.arange(k))
-        neighbours = neighbours.swapaxes(0, 1)  # [k, Q / devices, D] -> [Q / devices, k, D]
-        return neighbours, similarity.T, found
+        found, (neighbors, similarity) = jax.lax.scan(find_next, found, jnp.arange(k))
+        neighbors = neighbors.swapaxes(0, 1)  # [k, Q / devices, D] -> [Q / devices, k, D]
+        return neighbors, similarity.T, found
 
     by_rows, whole = PartitionSpec(axes), PartitionSpec()
     rows, similarity, index = jax.shard_map(
         search, mesh=mesh, in_specs=(by_rows, whole), out_specs=(by_rows, whole, whole)
     )(*jax.lax.stop_gradient((state["rows"], queries)))
     age = _age(index, state["pointer"], size)
-    return Neighbours(rows, similarity, jnp.where(age < state["filled"], age, -1))
+    return Neighbors(rows, similarity, jnp.where(age < state["filled"], age, -1))
 
 
 def enqueue(state: State, batch: jax.Array, *, mesh: Mesh) -> State:
@@ -168,28 +168,28 @@ def enqueue(state: State, batch: jax.Array, *, mesh: Mesh) -> State:
     }
 
 
-def metrics(neighbours: Neighbours, state: State, *, young_rows: int) -> dict[str, jax.Array]:
+def metrics(neighbors: Neighbors, state: State, *, young_rows: int) -> dict[str, jax.Array]:
     """How the set does, as scalars.
 
     Args:
-      neighbours: of one or more queries, found in `state`.
+      neighbors: of one or more queries, found in `state`.
       state: the set.
-      young_rows: a neighbour is young if fewer rows than these were enqueued after it. If nearly
+      young_rows: a neighbor is young if fewer rows than these were enqueued after it. If nearly
         all are, the set is larger than it need be, or its old rows are out of date.
 
     Returns:
       "nn_similarity": mean cosine between a query and its nearest row. "nn_replaced": share of the
       set that is no longer random. "nn_young": share of the queries whose nearest row is young.
     """
-    age = neighbours.age[:, 0]
+    age = neighbors.age[:, 0]
     return {
-        "nn_similarity": neighbours.similarity[:, 0].mean(),
+        "nn_similarity": neighbors.similarity[:, 0].mean(),
         "nn_replaced": state["filled"] / len(state["rows"]),
         "nn_young": ((0 <= age) & (age < young_rows)).mean(),
     }
 
 
-def _normalise(rows: jax.Array) -> jax.Array:
+def _normalize(rows: jax.Array) -> jax.Array:
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 

@@ -30,7 +30,7 @@ from declip_jax.data.sources import Source, open_data
 from declip_jax.data.tokenizer import EOT, MASK, WORD_END, build
 from declip_jax.main import parse_flags  # and the flag --config
 from declip_jax.methods import Views
-from declip_jax.train import Setup
+from declip_jax.step import Setup
 
 flags.declare_key_flag("config")
 _OUT = flags.DEFINE_string("out", "views.png", "Picture to write, a PNG.")
@@ -48,7 +48,7 @@ class Sample(NamedTuple):
     Attributes:
       key: of the record.
       original: uint8 [H, W, 3], as decoded.
-      images: float [draws, V, R, R, 3] in 0..1: all but normalised.
+      images: float [draws, V, R, R, 3] in 0..1: all but normalized.
       texts: for each draw the pairs of title and text, see `read_texts`.
     """
 
@@ -125,15 +125,15 @@ def read_texts(batch: dict[str, np.ndarray], row: int, names: tuple[str, ...]) -
     """Pairs of title and text: an example's text views, and what the masked one hides."""
     texts = []
     for name, tokens in zip(names, batch["tokens"][row], strict=True):
-        texts.append((name, detokenise(tokens[1 : (tokens == EOT).argmax()])))
+        texts.append((name, detokenize(tokens[1 : (tokens == EOT).argmax()])))
         if name == "masked":
             labels = batch["mlm_labels"][row]
-            words = [detokenise([label]) for label in labels if label >= 0]
+            words = [detokenize([label]) for label in labels if label >= 0]
             texts.append(("to predict", ", ".join(words) or "(no token was chosen)"))
     return texts
 
 
-def detokenise(tokens) -> str:
+def detokenize(tokens) -> str:
     """Text of ids between SOT and EOT, "[mask]" for MASK; words and marks stand apart."""
     tokenizer = _tokenizer()
     spellings = [
@@ -210,8 +210,8 @@ def image_title(name: str, view) -> str:
         lines.append(f"flip p {view.flip}")
     if view.jitter_prob:
         lines.append(f"jitter {'/'.join(map(str, view.jitter))} p {view.jitter_prob}")
-    if view.grey_prob:
-        lines.append(f"grey p {view.grey_prob}")
+    if view.grayscale_prob:
+        lines.append(f"gray p {view.grayscale_prob}")
     if view.blur_prob:
         lines.append(f"blur σ {span(view.blur_sigma)} p {view.blur_prob}")
     return "\n".join(lines)

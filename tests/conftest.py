@@ -52,7 +52,7 @@ def once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def declip_run(once) -> Path:
-    """`runs.train_declip`: not to be changed; see `once`."""
-    from tests import runs
+    """`make_runs.train_declip`: not to be changed; see `once`."""
+    from tests import make_runs
 
-    return once("declip_run", runs.train_declip)
+    return once("declip_run", make_runs.train_declip)

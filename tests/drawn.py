@@ -7,7 +7,7 @@ from declip_jax.parallel import rules
 
 
 def draw_variables(method):
-    """(params, extra) of usual sizes, without zeros."""
+    """(params, model_state) of usual sizes, without zeros."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):

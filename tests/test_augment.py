@@ -32,7 +32,7 @@ def test_no_operation_leaves_the_pixels():
     np.testing.assert_allclose(run(x, view()), x / 255, atol=1e-7)
 
 
-def test_normalisation():
+def test_normalization():
     x = images()
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
     ours = augment.augment(KEY, jnp.asarray(x), [view()], mean, std)
@@ -48,9 +48,9 @@ def test_flip_turns_half_of_the_images():
     assert 70 < sum(turned) < 130
 
 
-def test_grey_has_equal_channels_and_the_luminance():
+def test_gray_has_equal_channels_and_the_luminance():
     x = images()
-    out = run(x, view(grey_prob=1.0))
+    out = run(x, view(grayscale_prob=1.0))
     luminance = (x / 255) @ np.array([0.299, 0.587, 0.114])
     np.testing.assert_allclose(out, np.repeat(luminance[..., None], 3, -1), atol=1e-6)
 
@@ -66,20 +66,20 @@ def apply(operation, image, *args):
     "place, enhance",
     [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)],
 )
-def test_colours_agree_with_pillow(place, enhance, shift):
+def test_colors_agree_with_pillow(place, enhance, shift):
     image = Scenes("train")[3]["image"]
     shifts = [0.0] * 4
     shifts[place] = shift
     pillow = np.asarray(enhance(Image.fromarray(image)).enhance(1 + shift))
-    ours = apply(augment.jitter_colours, image, *shifts)
-    # Pillow cuts to whole grey levels, and contrast starts from a mean that was rounded.
+    ours = apply(augment.jitter_colors, image, *shifts)
+    # Pillow cuts to whole gray levels, and contrast starts from a mean that was rounded.
     assert np.abs(ours - pillow).max() < 1.3
     assert np.abs(ours - image).max() > 5  # more than it could be wrong by
 
 
 def test_hue_shift_agrees_with_colorsys():
     pixels = np.random.default_rng(1).random((3, 5, 5)).astype(np.float32)
-    pixels[:, 0, 0] = 0.5  # grey: no hue to turn
+    pixels[:, 0, 0] = 0.5  # gray: no hue to turn
     for shift in (-0.5, -0.4, 0.1, 0.5):
         ours = np.asarray(jax.jit(augment.shift_hue)(pixels, shift))
         for i, j in np.ndindex(5, 5):
@@ -111,7 +111,7 @@ def test_blur_agrees_with_pillow(sigma, most):
     image = Scenes("train")[3]["image"]
     pillow = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
     ours = apply(lambda x, s: augment.gaussian_blur(x, s, radius=6), image, sigma)
-    assert np.abs(ours - pillow).mean() < most  # grey levels, of which Pillow rounds off half a one
+    assert np.abs(ours - pillow).mean() < most  # gray levels, of which Pillow rounds off half a one
     assert sigma < 0.5 or np.abs(ours - image).mean() > 2 * most
 
 

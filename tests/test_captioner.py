@@ -36,7 +36,7 @@ SIZE = {"height": 32, "width": 32}
 
 
 def images():
-    """Of different sizes and colours."""
+    """Of different sizes and colors."""
     rng = np.random.default_rng(0)
     shapes = [(20, 40, 3), (40, 20, 3), (9, 5, 3), (64, 64, 3)]
     flat = [np.full(shape, rng.integers(256, size=3), np.uint8) for shape in shapes]

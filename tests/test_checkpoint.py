@@ -25,7 +25,7 @@ def state(step=1, width=16, seed=0, dtype=jnp.float32):
         step=jnp.int32(step),
         params=params,
         opt_state=(jax.tree.map(lambda p: p * 2, params),),
-        extra={"batch_stats": {"bn": {"mean": jnp.arange(4.0)}}},
+        model_state={"batch_stats": {"bn": {"mean": jnp.arange(4.0)}}},
         ema=None,
         rng=jax.random.PRNGKey(seed),
     )
@@ -112,7 +112,7 @@ def test_moved_values_change_the_fingerprint(tmp_path):
     [
         (state(width=24), r"params/proj/kernel: saved as \(8, 16\) float32, expected \(8, 24\)"),
         (state(dtype=jnp.bfloat16), "params/proj/kernel: saved as .*float32, expected .*bfloat16"),
-        (state().replace(extra={}), "unexpected: extra/batch_stats/bn/mean"),
+        (state().replace(model_state={}), "unexpected: extra/batch_stats/bn/mean"),
         (state().replace(ema=state().params), "missing: ema/logit_scale"),
     ],
 )

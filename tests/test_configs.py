@@ -13,7 +13,8 @@ from configs import common
 from declip_jax import initial
 from declip_jax.data.sources import open_source
 from declip_jax.parallel.mesh import shard_batch
-from declip_jax.train import Setup, train
+from declip_jax.step import Setup
+from declip_jax.train import train
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
 
@@ -71,7 +72,7 @@ RECIPE = {
     "loss.max_scale": 0.0,
     "loss.temperature": 0.1,
     "loss.support_set.size": 65_536,
-    "loss.support_set.neighbours": 1,
+    "loss.support_set.neighbors": 1,
     "loss.late_interaction.tokens": 16,
     "loss.adaptive.momentum": 0.99,
     "views.weak.crop_scale": (0.5, 1.0),
@@ -80,7 +81,7 @@ RECIPE = {
     "views.strong.flip": 0.5,
     "views.strong.jitter": (0.4, 0.4, 0.4, 0.1),
     "views.strong.jitter_prob": 0.8,
-    "views.strong.grey_prob": 0.2,
+    "views.strong.grayscale_prob": 0.2,
     "views.strong.blur_prob": 0.5,
     "views.strong.blur_sigma": (0.1, 2.0),
     "image_mean": (0.485, 0.456, 0.406),
@@ -201,7 +202,7 @@ def test_all_published_experiments_are_in_the_table():
 def test_logit_scale_without_steps_keeps_its_lower_limit():
     config = load("declip_vit_b32_declip88m", "tiny")
     setup = Setup(config, jax.devices()[:1])
-    assert setup.method.project({"logit_scale": np.float32(2.66)})["logit_scale"] == 3.0
+    assert setup.method.constrain({"logit_scale": np.float32(2.66)})["logit_scale"] == 3.0
     assert not setup.frozen["logit_scale"]  # or it would stay as it is
 
 
@@ -249,7 +250,7 @@ def recorded(method, weights, seen):
     config.optim.warmup_steps = 0
     config.eval.every = 1
     # Operations with probability 0 are left out of the program, and so are their settings.
-    config.views.weak.update(jitter_prob=0.5, grey_prob=0.5, blur_prob=0.5)
+    config.views.weak.update(jitter_prob=0.5, grayscale_prob=0.5, blur_prob=0.5)
     return Recorder(config.lock(), seen)
 
 

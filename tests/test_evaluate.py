@@ -16,7 +16,7 @@ from declip_jax.evals import suite
 from declip_jax.report.runs import load_runs
 from declip_jax.report.scores import scores
 from declip_jax.train import train
-from tests import runs
+from tests import make_runs
 from tests.commands import run_module
 
 
@@ -85,7 +85,7 @@ def test_best_checkpoint(run, capsys, monkeypatch):
 @pytest.mark.mesh
 def test_devices_that_do_not_share_the_work_evenly(tmp_path, monkeypatch):
     """The run's batches of 16 and its set of 64 rows cannot be divided over six devices."""
-    runs.make_run(tmp_path / "run", runs.declip_config(tmp_path), steps=(1,))
+    make_runs.make_run(tmp_path / "run", make_runs.declip_config(tmp_path), steps=(1,))
     monkeypatch.setattr(jax, "device_count", lambda: 6)
     encoder = evaluate.load(tmp_path / "run").encoder
     assert encoder.encode_text(np.full((5, 32), EOT, np.int32)).shape == (5, 32)
@@ -208,7 +208,7 @@ def test_a_run_says_what_it_is_and_where_its_parameters_are_listed(run, printed,
 def test_in_training_a_suite_chooses_the_best_checkpoint(printed, suite_file, tmp_path):
     assert "Not evaluated: linear_probe on dtd" in printed
     assert printed.count("Evaluation failed") == 2 and "broken.jpg cannot be read" in printed
-    config = runs.declip_config(suite_file.parent).unlock()
+    config = make_runs.declip_config(suite_file.parent).unlock()
     config.eval.suite = str(suite_file)
     config.checkpoint.best_metric = "val/scenes/retrieval/text_to_image_r11"
     with pytest.raises(ValueError, match="did you mean 'val/scenes/retrieval/text_to_image_r1"):

@@ -21,8 +21,9 @@ from declip_jax.checkpoint import Checkpoints
 from declip_jax.interop import pretrained, reading, verify
 from declip_jax.report import cli as report
 from declip_jax.report.runs import load_runs
-from declip_jax.train import Setup, train
-from tests.runs import make_run
+from declip_jax.step import Setup
+from declip_jax.train import train
+from tests.make_runs import make_run
 
 
 def tiny(experiment, **changes):
@@ -214,9 +215,9 @@ def test_a_run_starts_from_another_run_or_a_file_on_any_mesh(source, run, export
     variables = initial.read_run(run).model.variables
     assert_same(state.params, variables["params"])
     assert_same(state.ema, variables["params"])
-    assert_same(state.extra["batch_stats"], variables["batch_stats"])
+    assert_same(state.model_state["batch_stats"], variables["batch_stats"])
     assert "fsdp" in state.params["text"]["token_embedding"]["embedding"].sharding.spec
-    assert int(state.step) == 0 and not np.any(state.extra["support_set"]["rows"])
+    assert int(state.step) == 0 and not np.any(state.model_state["support_set"]["rows"])
     assert "Starts from" in lines[0] and str(path) in lines[0]
 
 
@@ -247,7 +248,7 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
 from configs import declip_vit_b32_yfcc15m
 from declip_jax import initial
-from declip_jax.train import Setup
+from declip_jax.step import Setup
 config = declip_vit_b32_yfcc15m.get_config("tiny").unlock()
 config.mesh = dict(data=1, fsdp=4)
 config.init_from = sys.argv[3]
@@ -327,14 +328,14 @@ def test_what_cannot_be_started_from_leaves_nothing_behind(exported, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_other_normalisation_and_positions_are_told(exported):
+def test_other_normalization_and_positions_are_told(exported):
     changes = {"init_from": str(exported), "init_resize": True}
     _, lines = start(tiny(declip_vit_b32_yfcc15m, image_mean=(0.5, 0.5, 0.5), **changes))
-    assert any("its images were normalised with mean (0.485, 0.456, 0.406)" in x for x in lines)
+    assert any("its images were normalized with mean (0.485, 0.456, 0.406)" in x for x in lines)
     assert not any("interpolated" in line for line in lines)
     changes["model.image.resolution"] = 48
     _, lines = start(tiny(declip_vit_b32_yfcc15m, **changes))
-    assert not any("normalised" in line for line in lines)
+    assert not any("normalized" in line for line in lines)
     assert any("interpolated to 6×6" in line for line in lines)
 
 

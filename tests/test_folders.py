@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from absl import logging
 
-from declip_jax.data import raw
+from declip_jax.data import input_files
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources import Columns, open_source
-from declip_jax.data.sources.derived import Part
+from declip_jax.data.sources.part import Part
 
 
 def write(root: Path, *names: str) -> None:
@@ -89,7 +89,7 @@ def test_images_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "a" / "1.jpg").unlink()
     with pytest.raises(BadRecord, match="missing image"):
         source[0]
-    monkeypatch.setattr(raw, "MAX_IMAGE_BYTES", 3)
+    monkeypatch.setattr(input_files, "MAX_IMAGE_BYTES", 3)
     with pytest.raises(BadRecord, match="file too large"):
         source[1]
 

@@ -43,15 +43,15 @@ FILES = {
     "jpeg": ("JPEG", "RGB", {"quality": 95}, 1),
     "jpeg progressive": ("JPEG", "RGB", {"quality": 95, "progressive": True}, 1),
     "jpeg 4:4:4": ("JPEG", "RGB", {"quality": 95, "subsampling": 0}, 1),
-    "jpeg grey": ("JPEG", "L", {"quality": 95}, 1),
+    "jpeg gray": ("JPEG", "L", {"quality": 95}, 1),
     "jpeg cmyk": ("JPEG", "CMYK", {"quality": 95}, 2),
     "png": ("PNG", "RGB", {}, 0),
     "png alpha": ("PNG", "RGBA", {}, 0),
-    "png grey": ("PNG", "L", {}, 0),
-    "png grey alpha": ("PNG", "LA", {}, 0),
+    "png gray": ("PNG", "L", {}, 0),
+    "png gray alpha": ("PNG", "LA", {}, 0),
     "png palette": ("PNG", "P", {}, 0),
     "png palette alpha": ("PNG", "P", {"transparency": 0}, 0),
-    "png two colours": ("PNG", "1", {}, 0),
+    "png two colors": ("PNG", "1", {}, 0),
     "webp": ("WEBP", "RGB", {"quality": 95}, 2),
     "webp lossless": ("WEBP", "RGB", {"lossless": True}, 0),
     "webp alpha": ("WEBP", "RGBA", {"lossless": True}, 0),
@@ -72,14 +72,14 @@ def test_every_format_decodes_to_rgb(name):
     assert np.abs(decoded - expected).mean() <= tolerance
 
 
-@pytest.mark.parametrize("colours", [3, 1])
-def test_sixteen_bits_become_eight(colours):
-    pixels = photograph(HEIGHT, WIDTH)[..., :colours]
+@pytest.mark.parametrize("colors", [3, 1])
+def test_sixteen_bits_become_eight(colors):
+    pixels = photograph(HEIGHT, WIDTH)[..., :colors]
     encoded = cv2.imencode(".png", pixels[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
     assert np.abs(image.decode(encoded).astype(int) - pixels).max() <= 1
 
 
-def test_what_is_transparent_keeps_its_colour():
+def test_what_is_transparent_keeps_its_color():
     pixels = np.dstack([photograph(HEIGHT, WIDTH), np.zeros((HEIGHT, WIDTH), np.uint8)])
     encoded = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGBA2BGRA))[1].tobytes()
     np.testing.assert_array_equal(image.decode(encoded), pixels[..., :3])
@@ -121,7 +121,7 @@ def test_images_are_turned_as_their_exif_says(form, orientation, order):
     crops, evaluation = (
         [
             image.random_resized_crop(one, [view()] * 2, np.random.default_rng(0), 32),
-            image.resize_centre_crop(one, 20, 16),
+            image.resize_center_crop(one, 20, 16),
         ]
         for one in (encoded, np.ascontiguousarray(decoded))
     )
@@ -232,7 +232,7 @@ def test_too_many_pixels_raise_before_decoding(form, monkeypatch):
     for function in (
         image.decode,
         lambda data: image.random_resized_crop(data, [view()], np.random.default_rng(0), 8),
-        lambda data: image.resize_centre_crop(data, 8, 8),
+        lambda data: image.resize_center_crop(data, 8, 8),
     ):
         with pytest.raises(ValueError, match="65000 x 65000 pixels"):
             function(bytes(encoded))
@@ -327,7 +327,7 @@ def test_crop_boxes_have_the_share_and_ratio_asked_for():
 
 
 @pytest.mark.parametrize("shape", [(10, 1000, 3), (1000, 10, 3), (1, 1, 3)])
-def test_an_image_that_no_box_fits_gives_the_centre(shape):
+def test_an_image_that_no_box_fits_gives_the_center(shape):
     pixels = np.zeros(shape, np.uint8)
     pixels[shape[0] // 2, shape[1] // 2] = 255
     crops = image.random_resized_crop(pixels, [view()], np.random.default_rng(0), 32)
@@ -361,9 +361,9 @@ def test_the_same_rng_gives_the_same_crops():
 
 
 @pytest.mark.parametrize("height, width", [(375, 500), (500, 333), (40, 60)])
-def test_resize_centre_crop_is_the_usual_evaluation_crop(height, width):
+def test_resize_center_crop_is_the_usual_evaluation_crop(height, width):
     encoded = encode(photograph(height, width), "PNG")
-    crop = image.resize_centre_crop(encoded, 128, 112)
+    crop = image.resize_center_crop(encoded, 128, 112)
     whole = Image.open(io.BytesIO(encoded))
     scaled = (
         (128, int(128 * height / width)) if width < height else (int(128 * width / height), 128)
@@ -379,7 +379,7 @@ def test_evaluation_crops_of_a_strip():
     # Scaled as a whole, this would take 3.7 GB.
     pixels = np.zeros((4, 300_000, 3), np.uint8)
     pixels[:, 150_000:] = 255
-    crop = image.resize_centre_crop(pixels, 128, 112)
+    crop = image.resize_center_crop(pixels, 128, 112)
     assert crop.shape == (112, 112, 3)
     assert (crop[:, 0] < 10).all() and (crop[:, -1] > 245).all()
 
@@ -387,13 +387,13 @@ def test_evaluation_crops_of_a_strip():
 @pytest.mark.parametrize("side", range(150, 400, 13))
 def test_the_short_side_becomes_what_was_asked_for(side):
     for shape in ((side, side + 40, 3), (side + 40, side, 3)):
-        assert image.resize_centre_crop(np.zeros(shape, np.uint8), 113, 113).shape == (113, 113, 3)
+        assert image.resize_center_crop(np.zeros(shape, np.uint8), 113, 113).shape == (113, 113, 3)
 
 
 def test_fine_patterns_do_not_alias():
     stripes = np.zeros((300, 300, 3), np.uint8)
     stripes[:, ::2] = 255
-    crop = image.resize_centre_crop(stripes, 100, 100)
+    crop = image.resize_center_crop(stripes, 100, 100)
     assert (
         np.ptp(crop.astype(int)) <= 90
     )  # 255 where pixels are picked; the share of one third is 85

@@ -22,7 +22,7 @@ from declip_jax.interop import (
     verify,
     writing,
 )
-from declip_jax.interop.fitting import fit, resized
+from declip_jax.interop.transfer import fit, resized
 from declip_jax.parallel.mesh import make_mesh
 
 IMAGES = {
@@ -64,8 +64,11 @@ def variables_of(config, seed=0):
 def shapes_of(config):
     config = ConfigDict(json.loads(config))
     init = methods.build(config, make_mesh(1, 1, jax.devices()[:1])).init
-    params, extra = jax.eval_shape(init, jax.random.key(0))
-    return {"params": params, **{name: extra[name] for name in extra if name == "batch_stats"}}
+    params, model_state = jax.eval_shape(init, jax.random.key(0))
+    return {
+        "params": params,
+        **{name: model_state[name] for name in model_state if name == "batch_stats"},
+    }
 
 
 def model_of(config, variables=None) -> pretrained.Pretrained:

@@ -12,19 +12,19 @@ def _set(rows, seed):
     return (np.round(features * 2) / 4).astype(np.float32), labels
 
 
-@pytest.mark.parametrize("neighbours", [1, 20, 5000])
-def test_equals_plain_numpy(neighbours):
+@pytest.mark.parametrize("neighbors", [1, 20, 5000])
+def test_equals_plain_numpy(neighbors):
     (train, train_labels), (test, test_labels) = _set(1300, 0), _set(1100, 1)
     cosines = test @ train.T
     right, top5 = np.zeros(1100, bool), np.zeros(1100, bool)
     for row, label in enumerate(test_labels):
         votes = np.zeros(7)  # the last class has no images
-        for index in np.argsort(-cosines[row], kind="stable")[:neighbours]:
+        for index in np.argsort(-cosines[row], kind="stable")[:neighbors]:
             votes[train_labels[index]] += np.exp(cosines[row, index] / 0.5)
         order = np.argsort(-votes, kind="stable")
         right[row], top5[row] = order[0] == label, label in order[:5]
 
-    assert knn(train, train_labels, test, test_labels, 7, neighbours, 0.5) == {
+    assert knn(train, train_labels, test, test_labels, 7, neighbors, 0.5) == {
         "top1": right.mean(),
         "top5": top5.mean(),
         "mean_per_class": pytest.approx(
@@ -35,7 +35,7 @@ def test_equals_plain_numpy(neighbours):
     assert 0.2 < right.mean() < 0.9
 
 
-def test_nearer_neighbours_weigh_more():
+def test_nearer_neighbors_weigh_more():
     train = np.array([[1, 0], [0.6, 0.8], [0.6, 0.8]], np.float32)
     labels, test = np.array([0, 1, 1]), np.array([[1, 0]], np.float32)
 
@@ -64,8 +64,8 @@ def test_refuses_what_cannot_be_classified():
         run(test=train * np.nan)
     with pytest.raises(ValueError, match="widths: 3 and 2"):
         run(test=train[:, :2])
-    with pytest.raises(ValueError, match="neighbours=0"):
-        run(neighbours=0)
+    with pytest.raises(ValueError, match="neighbors=0"):
+        run(neighbors=0)
     for temperature in (0.0, float("nan")):
         with pytest.raises(ValueError, match=f"temperature={temperature}"):
             run(temperature=temperature)

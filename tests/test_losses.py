@@ -72,36 +72,36 @@ def test_clip_loss_of_equal_features_is_log_of_batch():
 
 def test_gradient_pulls_pairs_together():
     grad = jax.jit(jax.grad(contrastive.clip_loss))(X, Y, 10.0)
-    moved = contrastive.normalise(X - 0.1 * grad)
+    moved = contrastive.normalize(X - 0.1 * grad)
     assert contrastive.clip_loss(moved, Y, 10.0) < contrastive.clip_loss(X, Y, 10.0)
     assert np.mean(np.sum(moved * Y, 1)) > np.mean(np.sum(X * Y, 1))
 
 
-def test_nearest_neighbour_loss_is_the_mean_over_neighbours_of_image_to_text():
-    neighbours = np.stack([Y, features(9, seed=2)], axis=1)  # [B, 2, D]
+def test_nearest_neighbor_loss_is_the_mean_over_neighbors_of_image_to_text():
+    neighbors = np.stack([Y, features(9, seed=2)], axis=1)  # [B, 2, D]
     expected = [
-        cross_entropy(SCALE * X[i] @ neighbours[:, n].T, i) for i in range(9) for n in range(2)
+        cross_entropy(SCALE * X[i] @ neighbors[:, n].T, i) for i in range(9) for n in range(2)
     ]
-    got = contrastive.nearest_neighbour_loss(X, neighbours, SCALE)
+    got = contrastive.nearest_neighbor_loss(X, neighbors, SCALE)
     np.testing.assert_allclose(got, np.mean(expected), rtol=1e-6)
-    one = contrastive.nearest_neighbour_loss(X, neighbours[:, :1], SCALE)
+    one = contrastive.nearest_neighbor_loss(X, neighbors[:, :1], SCALE)
     np.testing.assert_allclose(one, contrastive.info_nce(X, Y, SCALE)[0].mean(), rtol=1e-6)
 
 
-def test_own_rank_counts_nearer_keys():
+def test_positive_rank_counts_nearer_keys():
     keys = jnp.eye(8, dtype=jnp.float32)
     # Query 0 finds its key first, query 1 second, query 7 last; the others first.
     queries = np.eye(8, dtype=np.float32)
     queries[1] = np.eye(8)[2] + 0.5 * np.eye(8)[1]
     queries[7] = np.arange(8, 0, -1)
-    got = contrastive.own_rank(contrastive.normalise(queries), keys)
+    got = contrastive.positive_rank(contrastive.normalize(queries), keys)
     np.testing.assert_array_equal(got, [0, 1, 0, 0, 0, 0, 0, 7])
 
 
 def test_collapsed_features_and_nan_do_not_look_accurate():
     same = jnp.ones((10, 4)) / 2
-    np.testing.assert_array_equal(contrastive.own_rank(same, same), np.arange(10))
-    np.testing.assert_array_equal(contrastive.own_rank(same * jnp.nan, same), 10)
+    np.testing.assert_array_equal(contrastive.positive_rank(same, same), np.arange(10))
+    np.testing.assert_array_equal(contrastive.positive_rank(same * jnp.nan, same), 10)
 
 
 # --- self-supervised ------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def masked_lm(kernel, words, labels):
 @pytest.mark.parametrize("batch", [6, 128])  # one group, two groups
 def test_masked_lm_equals_the_head_on_all_positions(batch):
     words, labels = words_and_labels(batch)
-    assert masked_lm(KERNEL, words, labels).overflow == 0
+    assert masked_lm(KERNEL, words, labels).dropped == 0
     got, expected = (
         jax.jit(jax.value_and_grad(loss, (0, 1)))(KERNEL, words, labels)
         for loss in (lambda *args: masked_lm(*args).mean(), masked_lm_everywhere)
@@ -200,14 +200,14 @@ def test_masked_positions_without_a_place_are_counted():
     taken = jax.jit(language.take_masked, static_argnums=2)(words, labels, SHARE)
     places = 103  # a fifth of a group's 64 * 8 positions, rounded up
     assert taken.words.shape == (2, places, 5) and taken.labels.shape == (2, places)
-    assert taken.overflow == 64 * 8 - places
+    assert taken.dropped == 64 * 8 - places
     # what found a place counts, first come
     kept = labels.reshape(2, -1).copy()
     kept[1, places:] = -1
     got = masked_lm(KERNEL, words, labels)
     expected = masked_lm_everywhere(KERNEL, words, kept.reshape(labels.shape))
     np.testing.assert_allclose(got.mean(), expected, rtol=1e-5)
-    assert got.overflow == taken.overflow
+    assert got.dropped == taken.dropped
 
 
 def test_without_a_masked_position_the_loss_is_zero():
@@ -231,7 +231,7 @@ def test_gates_over_three_steps_are_those_of_the_paper():
     capped = []
     for step in range(3):
         image, raw = features(8, seed=2 * step), features(8, seed=2 * step + 1)
-        synthetic = np.float32(contrastive.normalise(raw + 0.7 * features(8, seed=9)))
+        synthetic = np.float32(contrastive.normalize(raw + 0.7 * features(8, seed=9)))
         got, means = gates(image, raw, synthetic, means)
         s = {
             "text": np.sum(np.float64(raw) * synthetic, axis=1),

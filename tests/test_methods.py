@@ -16,14 +16,14 @@ from declip_jax.methods import base
 from declip_jax.models.batchnorm import BatchNorm
 from declip_jax.parallel import rules
 from declip_jax.parallel.mesh import make_mesh
-from declip_jax.train import Setup
+from declip_jax.step import Setup
 from tests.drawn import draw_variables
 
 WEIGHTS = {
     "clip": {"clip": 1.0},
     "slip": {"clip": 1.0, "simclr": 0.5},
     "filip": {"clip": 0.5, "filip": 1.0},
-    # SimSiam, which alone goes through batch normalisation, is only looked at
+    # SimSiam, which alone goes through batch normalization, is only looked at
     "declip": {"clip": 0.4, "simsiam": 0.0, "mlm": 0.2, "nn_text": 0.3},
     "defilip": {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn_text": 0.2, "filip": 0.3},
     "alip": {"raw": 1.0, "synthetic": 0.5},
@@ -78,7 +78,7 @@ def batch_of(views, **changed):
     text = texts() | changed
     image = np.random.default_rng(0).normal(size=(BATCH, len(views.image), 4, 4, 3))
     return {
-        "image": np.float32(image.repeat(8, axis=2).repeat(8, axis=3)),  # a colour each patch
+        "image": np.float32(image.repeat(8, axis=2).repeat(8, axis=3)),  # a color each patch
         "tokens": np.stack([text[view] for view in views.text], axis=1),
         "mlm_labels": text["labels"],
     }
@@ -95,10 +95,10 @@ def run(name, towers=True, **changes):
     def stop(path, x):
         return jax.lax.stop_gradient(x) if IN_TOWERS.match(rules.path_name(path)) else x
 
-    def loss(params, extra, batch, rng):
+    def loss(params, model_state, batch, rng):
         if not towers:  # compiles in half the time
             params = jax.tree_util.tree_map_with_path(stop, params)
-        return method.loss(params, extra, batch, rng)
+        return method.loss(params, model_state, batch, rng)
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     arguments = *variables_of(name), batch_of(method.views), jax.random.key(0)
@@ -174,9 +174,9 @@ def test_variables_of_each_method():
         "alip": (set(), {"running_means"}),
     }
     for name, (of_method, state) in expected.items():
-        params, extra = variables_of(name)
+        params, model_state = variables_of(name)
         assert set(params) == {"image", "text", "logit_scale"} | of_method
-        assert set(extra) == state
+        assert set(model_state) == state
 
 
 def test_projection_keeps_the_logit_scales_within_their_limits():
@@ -184,8 +184,8 @@ def test_projection_keeps_the_logit_scales_within_their_limits():
     for scale, expected in ((2.0, 3.0), (4.0, 4.0), (7.0, 6.0)):
         params = {"logit_scale": scale, "logit_scale_dense": scale, "image": scale}
         projected = {"logit_scale": expected, "logit_scale_dense": expected, "image": scale}
-        assert method.project(params) == projected
-    assert build("clip").project({"logit_scale": 7.0}) == {"logit_scale": 6.0}
+        assert method.constrain(params) == projected
+    assert build("clip").constrain({"logit_scale": 7.0}) == {"logit_scale": 6.0}
 
 
 @pytest.mark.parametrize(
@@ -228,11 +228,11 @@ def test_metrics(name):
     if "filip" in name:
         np.testing.assert_allclose(metrics["logit_scale_dense"], np.exp(2.5), rtol=1e-6)
     if "declip" in name:
-        assert metrics["mlm_overflow"] == 0
+        assert metrics["mlm_dropped"] == 0
     if name == "alip":
         for weight in ("sample_weight", "raw_weight", "synthetic_weight"):
             assert 0 < metrics[weight] <= 1
-        assert all(mean != 1 for mean in aux.extra["running_means"].values())
+        assert all(mean != 1 for mean in aux.model_state["running_means"].values())
 
 
 def test_a_term_of_weight_zero_has_no_gradient():
@@ -258,19 +258,19 @@ def test_microbatches_change_batch_statistics_and_nothing_else():
     results = [run("declip"), run("declip", towers=False, microbatches=2)]
     simsiam, other = (aux.metrics["simsiam"] for _, aux, _ in results)
     assert abs(simsiam - other) > 1e-4
-    stats, others = (named(aux.extra["batch_stats"]) for _, aux, _ in results)
+    stats, others = (named(aux.model_state["batch_stats"]) for _, aux, _ in results)
     for path in stats:
         assert not np.allclose(stats[path], others[path], rtol=1e-3), path
 
     def rest(loss, aux, gradients):
         metrics = {name: x for name, x in aux.metrics.items() if name != "simsiam"}
-        return loss, base.Aux(metrics, aux.extra["support_set"]), gradients
+        return loss, base.Aux(metrics, aux.model_state["support_set"]), gradients
 
     assert_same_step(rest(*results[1]), rest(*results[0]))
 
 
 def test_microbatches_leave_what_batch_statistics_do_not_touch():
-    """Of SLIP, whose second term goes through the head's batch normalisation."""
+    """Of SLIP, whose second term goes through the head's batch normalization."""
     _, aux, gradients = run("slip")
     _, got_aux, got_gradients = run("slip", towers=False, microbatches=2)
     assert abs(got_aux.metrics["simclr"] - aux.metrics["simclr"]) > 1e-4
@@ -291,29 +291,29 @@ def test_microbatches_are_encoded_one_after_the_other():
     network = Toy()
     batch = {"x": np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)}
     variables = network.init(jax.random.key(0), batch, False)
-    params, extra = variables["params"], {"batch_stats": variables["batch_stats"], "other": 5}
+    params, model_state = variables["params"], {"batch_stats": variables["batch_stats"], "other": 5}
 
     def both(encode):
         def loss(params):
-            features, new = encode(params, extra, batch)
+            features, new = encode(params, model_state, batch)
             return jnp.cos(features["rows"]).sum() + features["sum"].sum(), (features, new)
 
         return jax.jit(jax.grad(loss, has_aux=True))(params)
 
-    def by_hand(params, extra, batch):
+    def by_hand(params, model_state, batch):
         parts = []
         for n in range(3):
             part, stats = network.apply(
-                {"params": params, "batch_stats": extra["batch_stats"]},
+                {"params": params, "batch_stats": model_state["batch_stats"]},
                 {"x": batch["x"][n::3]},
                 True,
                 mutable=["batch_stats"],
             )
-            parts, extra = [*parts, part], extra | stats
+            parts, model_state = [*parts, part], model_state | stats
         rows = jnp.zeros((12, 3))
         for n, part in enumerate(parts):
             rows = rows.at[n::3].set(part["rows"])
-        return {"rows": rows, "sum": jnp.concatenate([part["sum"] for part in parts])}, extra
+        return {"rows": rows, "sum": jnp.concatenate([part["sum"] for part in parts])}, model_state
 
     assert_close(both(base.make_encode(network, 3)), both(by_hand), rtol=1e-4, atol=1e-5)
 
@@ -337,9 +337,9 @@ def test_a_frozen_patch_convolution_costs_no_backward_pass(parts):
 @every_method
 def test_bfloat16_towers_give_float32_losses(name):
     method = build(name, **{"model.dtype": "bfloat16", "model.image": RESNET})
-    params, extra = jax.eval_shape(method.init, jax.random.key(0))
+    params, model_state = jax.eval_shape(method.init, jax.random.key(0))
     loss, aux = jax.eval_shape(
-        method.loss, params, extra, batch_of(method.views), jax.random.key(0)
+        method.loss, params, model_state, batch_of(method.views), jax.random.key(0)
     )
     assert loss.shape == () and loss.dtype == jnp.float32
     for metric, value in aux.metrics.items():
@@ -348,7 +348,7 @@ def test_bfloat16_towers_give_float32_losses(name):
     def layout(tree):
         return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
-    assert layout(aux.extra) == layout(extra)
+    assert layout(aux.model_state) == layout(model_state)
 
 
 # --- the options of the text views ----------------------------------------------------------------
@@ -357,12 +357,12 @@ def test_bfloat16_towers_give_float32_losses(name):
 @pytest.mark.parametrize("name", ["declip", "defilip"])
 def test_what_is_contrasted_may_be_the_masked_caption_or_a_whole_one(name):
     method = build(name, **{"loss.contrast_masked": False})
-    params, extra = variables_of(name)
+    params, model_state = variables_of(name)
     loss = jax.jit(method.loss)
 
     def step(**changed):
         batch = batch_of(method.views, **changed)
-        _, aux = loss(params, extra, batch, jax.random.key(0))
+        _, aux = loss(params, model_state, batch, jax.random.key(0))
         return jax.device_get(aux)
 
     _, default, _ = run(name)  # contrasts the masked caption
@@ -379,15 +379,15 @@ def test_what_is_contrasted_may_be_the_masked_caption_or_a_whole_one(name):
     # masking other words is a matter of the MLM term alone
     other = step(masked=texts()["caption"])
     assert changes(whole, other) == {"mlm", "loss"}
-    assert_close(other.extra, whole.extra)
+    assert_close(other.model_state, whole.model_state)
 
 
 def test_defilip_over_all_pairs_of_views():
     method = build("defilip", **{"loss.late_interaction.all_views": True})
-    params, extra = variables_of("defilip")
+    params, model_state = variables_of("defilip")
     batch = batch_of(method.views)
     first_pair, all_pairs = (
-        jax.jit(lambda batch, loss=loss: loss(params, extra, batch, None)[1].metrics["filip"])
+        jax.jit(lambda batch, loss=loss: loss(params, model_state, batch, None)[1].metrics["filip"])
         for loss in (build("defilip").loss, method.loss)
     )
     pairs = [
@@ -404,10 +404,10 @@ def test_defilip_over_all_pairs_of_views():
 
 def test_encoders_give_what_the_loss_compares():
     method = build("slip")
-    params, extra = variables_of("slip")
+    params, model_state = variables_of("slip")
     batch = batch_of(method.views)
-    image = jax.jit(method.encode_image)(params, extra, batch["image"][:, 0])
-    text = jax.jit(method.encode_text)(params, extra, batch["tokens"][:, 0])
+    image = jax.jit(method.encode_image)(params, model_state, batch["image"][:, 0])
+    text = jax.jit(method.encode_text)(params, model_state, batch["tokens"][:, 0])
     for rows in (image, text):
         assert rows.shape == (BATCH, 32) and rows.dtype == jnp.float32
         np.testing.assert_allclose(jnp.linalg.norm(rows, axis=1), 1, rtol=1e-6)
@@ -419,8 +419,8 @@ def test_encoders_give_what_the_loss_compares():
 
 def test_in_evaluation_an_image_is_by_itself():
     method = build("clip", **{"model.image": RESNET})
-    params, extra = draw_variables(method)
-    encode = jax.jit(functools.partial(method.encode_image, params, extra))
+    params, model_state = draw_variables(method)
+    encode = jax.jit(functools.partial(method.encode_image, params, model_state))
     images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
     others = images.copy()
     others[2:] = 3 * images[:2] + 1
@@ -454,20 +454,20 @@ def test_accuracy_is_of_the_nearest_and_of_the_nearest_five():
 
 
 @pytest.mark.mesh
-def test_support_set_finds_neighbours_of_both_captions_and_then_takes_them_in():
-    config = config_of("declip", **{"loss.support_set.neighbours": 2, "loss.block": 8})
+def test_support_set_finds_neighbors_of_both_captions_and_then_takes_them_in():
+    config = config_of("declip", **{"loss.support_set.neighbors": 2, "loss.block": 8})
     support = base.SupportSet(config, make_mesh(2, 1, jax.devices()[:2]))
     state = jax.jit(support.init)(jax.random.key(0))
     assert state["rows"].shape == (64, 32)
     rng = np.random.default_rng(0)
     text, augmented = (
-        np.asarray(contrastive.normalise(rng.normal(size=(BATCH, 32)).astype(np.float32)))
+        np.asarray(contrastive.normalize(rng.normal(size=(BATCH, 32)).astype(np.float32)))
         for _ in range(2)
     )
     found, found_augmented, metrics = jax.jit(support.look_up)(state, text, augmented)
-    for queries, neighbours in ((text, found), (augmented, found_augmented)):
+    for queries, neighbors in ((text, found), (augmented, found_augmented)):
         order = np.argsort(-queries @ state["rows"].T, axis=1)[:, :2]
-        np.testing.assert_allclose(neighbours, np.asarray(state["rows"])[order], rtol=1e-5)
+        np.testing.assert_allclose(neighbors, np.asarray(state["rows"])[order], rtol=1e-5)
     assert metrics["nn_replaced"] == 0
     state = jax.jit(support.enqueue)(state, text, augmented)
     np.testing.assert_array_equal(state["rows"][: 2 * BATCH], np.concatenate([augmented, text]))

@@ -51,7 +51,7 @@ def both(model, images, tokens):
     return model.encode_image(images), model.encode_text(tokens)
 
 
-def initialise(model):
+def initialize(model):
     key = jax.random.key(0, impl="rbg")  # compiles in half the time
     init = functools.partial(model.init, method=both)
     return jax.jit(init)(key, images(2, model.image.resolution), TOKENS[:, None])
@@ -93,7 +93,7 @@ def check_std(params, expected):
         assert abs(values.mean()) < 5 * std / np.sqrt(values.size), name
 
 
-def test_initialisation_of_the_transformers():
+def test_initialization_of_the_transformers():
     w, layers, text_w, text_layers = 96, 3, 80, 5
     model = two_towers(
         config(
@@ -102,7 +102,7 @@ def test_initialisation_of_the_transformers():
             embed_dim=64,
         )
     )
-    params = named(initialise(model)["params"])
+    params = named(initialize(model)["params"])
 
     def uniform(fan_in):
         return (3 * fan_in) ** -0.5
@@ -140,9 +140,9 @@ def test_initialisation_of_the_transformers():
     assert not jnp.allclose(kernel[0], kernel[1])
 
 
-def test_initialisation_of_the_resnet():
+def test_initialization_of_the_resnet():
     image = RESNET | dict(width=16)
-    variables = initialise(two_towers(config(image=image)))
+    variables = initialize(two_towers(config(image=image)))
     params, channels = named(variables["params"]["image"]), 32 * 16
     random = {
         name: np.prod(leaf.shape[:-1]) ** -0.5 / np.sqrt(3)
@@ -154,7 +154,7 @@ def test_initialisation_of_the_resnet():
         random[f"attnpool/{projection}/bias"] = (3 * channels) ** -0.5
     random["attnpool/positional_embedding"] = channels**-0.5
     check_std(params, random)
-    for name in set(params) - set(random):  # batch normalisation; a block starts as the identity
+    for name in set(params) - set(random):  # batch normalization; a block starts as the identity
         one = name.endswith("scale") and not name.endswith("bn3/scale") or name == "bn3/scale"
         assert (params[name] == one).all(), name
     for name, value in named(variables["batch_stats"]).items():

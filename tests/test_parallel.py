@@ -15,7 +15,7 @@ from declip_jax import optim
 from declip_jax.parallel import mesh as meshes
 from declip_jax.parallel import rules
 from declip_jax.parallel.mesh import replicated, shard_batch
-from declip_jax.train import Setup, make_init
+from declip_jax.step import Setup, make_init
 from tests.drawn import draw_variables
 from tests.hlo import largest_collective
 
@@ -30,7 +30,7 @@ TERMS = {
     "alip": ("raw", "synthetic"),
 }
 METHODS = [*((method, "vit") for method in TERMS), ("clip", "resnet"), ("declip", "resnet")]
-EXTRA = {
+MODEL_STATE = {
     "clip": set(),
     "slip": {"batch_stats"},
     "filip": set(),
@@ -55,9 +55,9 @@ def config(method, kind="vit", shape=(1, 1)):
     c.model.text.update(layers=1, vocab_size=EOT + 1, eot_id=EOT, context=CONTEXT)
     c.loss.support_set.size = 40  # a step enqueues 32 rows: the second step wraps, and the third
     # Augmentation does not know the method; one of them has it.
-    c.views.strong.update(jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0)
+    c.views.strong.update(jitter_prob=0.0, grayscale_prob=0.0, blur_prob=0.0)
     if (method, kind) == ("clip", "vit"):
-        c.views.weak.update(flip=0.5, jitter_prob=0.8, grey_prob=0.2)
+        c.views.weak.update(flip=0.5, jitter_prob=0.8, grayscale_prob=0.2)
     return c
 
 
@@ -66,8 +66,8 @@ def batches(views, count=3):
     place = np.arange(CONTEXT)
     for _ in range(count):
         images, texts = (BATCH, len(views.image)), (BATCH, len(views.text))
-        colours = rng.integers(0, 206, (*images, 1, 1, 3))
-        pixels = colours + rng.integers(0, 50, (*images, 32, 32, 3))
+        colors = rng.integers(0, 206, (*images, 1, 1, 3))
+        pixels = colors + rng.integers(0, 50, (*images, 32, 32, 3))
         end = rng.integers(4, CONTEXT, (*texts, 1))
         words = rng.integers(1, EOT, (*texts, CONTEXT))
         tokens = np.where(place < end, words, np.where(place == end, EOT, 0)).astype(np.int32)
@@ -79,7 +79,7 @@ def batches(views, count=3):
 
 
 def gradient_descent(config, params):
-    """In place of the run's optimiser, to see the gradients: they are the state that it keeps.
+    """In place of the run's optimizer, to see the gradients: they are the state that it keeps.
 
     Its steps are small and in proportion to them. Adam's first step is as long for a gradient of
     which only rounding is left (that of an attention's key bias) as for any other: two meshes
@@ -107,9 +107,9 @@ def start_of(setup, kind):
     in which what rounding does to a ReLU near zero would be too large a part of the gradient."""
     if kind == "resnet":
         return jax.device_get(jax.jit(make_init(setup.method, setup.tx, setup.config))())
-    params, extra = draw_variables(setup.method)
+    params, model_state = draw_variables(setup.method)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), setup.abstract_state)
-    return state.replace(params=params, extra=extra, rng=np.array([0, 1], np.uint32))
+    return state.replace(params=params, model_state=model_state, rng=np.array([0, 1], np.uint32))
 
 
 def three_steps(setup, train_step, start):
@@ -142,10 +142,10 @@ def test_sharded_equals_one_device(method, kind):
     start = start_of(one, kind)
     one_metrics, one_gradients, one_state = three_steps(one, one_step, start)
     if kind == "vit":
-        assert set(start.extra) == EXTRA[method]
-    if "support_set" in start.extra:
-        assert one_state.extra["support_set"]["pointer"] == 3 * 2 * BATCH % 40
-        assert one_state.extra["support_set"]["filled"] == 40
+        assert set(start.model_state) == MODEL_STATE[method]
+    if "support_set" in start.model_state:
+        assert one_state.model_state["support_set"]["pointer"] == 3 * 2 * BATCH % 40
+        assert one_state.model_state["support_set"]["filled"] == 40
 
     for shape, (setup, train_step) in zip(shapes, sharded, strict=True):
         metrics, gradients, state = three_steps(setup, train_step, start)
@@ -161,7 +161,7 @@ def test_sharded_equals_one_device(method, kind):
                 bound = 1e-5 * np.linalg.norm(g) + 1e-7 * whole
                 error = np.linalg.norm(ours - g)
                 assert error <= bound, (shape, step, rules.path_name(path))
-        assert_near(*jax.device_get((state.extra, one_state.extra)))
+        assert_near(*jax.device_get((state.model_state, one_state.model_state)))
         for tree in (state.params, state.opt_state):  # they really lie in parts
             kernel = tree["text"]["proj"]["kernel"]
             assert kernel.addressable_shards[0].data.size * shape[1] == kernel.size
@@ -174,7 +174,7 @@ def test_where_the_state_lies():
     assert kernel.sharding.spec == PartitionSpec("fsdp", None)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
     assert len(moments) >= 2 and all(x.sharding == kernel.sharding for x in moments)
-    support = state.extra["support_set"]
+    support = state.model_state["support_set"]
     assert support["rows"].sharding.spec == PartitionSpec(("data", "fsdp"))
     assert support["pointer"].sharding.is_fully_replicated
 
@@ -187,15 +187,17 @@ def test_a_step_sends_nothing_as_large_as_the_support_set():
     batch = shard_batch(next(batches(setup.method.views)), setup.mesh)
     batch["image"] = batch["image"].astype(jnp.float32)
 
-    def both_ways(params, extra, batch):  # a step without the optimizer, which has no such set
+    def both_ways(
+        params, model_state, batch
+    ):  # a step without the optimizer, which has no such set
         loss = jax.grad(setup.method.loss, has_aux=True)
-        gradients, aux = loss(params, extra, batch, jax.random.key(0))
-        return gradients, aux.extra
+        gradients, aux = loss(params, model_state, batch, jax.random.key(0))
+        return gradients, aux.model_state
 
-    places = setup.state_shardings.params, setup.state_shardings.extra
+    places = setup.state_shardings.params, setup.state_shardings.model_state
     step = jax.jit(both_ways, out_shardings=places)
-    step = step.lower(state.params, state.extra, batch).compile()
-    rows = state.extra["support_set"]["rows"]
+    step = step.lower(state.params, state.model_state, batch).compile()
+    rows = state.model_state["support_set"]["rows"]
     queries = 2 * BATCH * c.model.embed_dim
     # Not even a device's share of it, of which eight would be the whole.
     assert queries <= largest_collective(step) < rows.size // 8

@@ -30,10 +30,10 @@ import safetensors.torch  # noqa: E402  (imports torch)
 
 from configs import clip_vit_b32_yfcc15m, common  # noqa: E402
 from declip_jax import export, initial, methods  # noqa: E402
-from declip_jax.data.image import resize_centre_crop  # noqa: E402
+from declip_jax.data.image import resize_center_crop  # noqa: E402
 from declip_jax.data.tokenizer import EOT, tokenize  # noqa: E402
 from declip_jax.interop import declip, openai, pretrained, reading, tables, verify  # noqa: E402
-from declip_jax.interop.fitting import resized  # noqa: E402
+from declip_jax.interop.transfer import resized  # noqa: E402
 from declip_jax.parallel.mesh import make_mesh  # noqa: E402
 from declip_jax.train import train  # noqa: E402
 
@@ -57,7 +57,7 @@ TEXTS = [
 
 
 def perturbed(network):
-    """A network with no array as it was initialised, and whose features depend on its input."""
+    """A network with no array as it was initialized, and whose features depend on its input."""
     noise = torch.Generator().manual_seed(1)
     statistics = {}
     for module in network.modules():
@@ -84,7 +84,7 @@ def perturbed(network):
 
 
 def images(count, size):
-    """Like normalised ones, with colours, shapes and noise: float32 [N, 3, H, W]."""
+    """Like normalized ones, with colors, shapes and noise: float32 [N, 3, H, W]."""
     rng = np.random.default_rng(count)
     pixels = rng.normal(scale=0.3, size=(count, size, size, 3)).astype(np.float32)
     for image in pixels:
@@ -95,7 +95,7 @@ def images(count, size):
 
 
 def inputs(model, count=3):
-    """Images like normalised ones, and texts of all lengths: float32 [N, H, W, 3], int32 [N, L]."""
+    """Images like normalized ones, and texts of all lengths: float32 [N, H, W, 3], int32 [N, L]."""
     rng, text = np.random.default_rng(0), model["text"]
     pixels = images(count, model["image"]["resolution"]).transpose(0, 2, 3, 1)  # NCHW -> NHWC
     tokens = np.zeros((count, text["context"]), np.int32)
@@ -341,10 +341,10 @@ def test_open_clip_both_ways(open_clip_model, tmp_path):
     again, _, preprocess = library.create_model_and_transforms(f"local-dir:{folder}")
     assert_same_state(as_exported(again.state_dict()), as_exported(network.state_dict()))
     assert_same_features(model, network, again.eval())
-    resize, crop, *_, normalise = preprocess.transforms
+    resize, crop, *_, normalize = preprocess.transforms
     assert (resize.size, resize.interpolation.value) == (size, "bicubic")
     assert crop.size == (size, size)
-    assert (tuple(normalise.mean), tuple(normalise.std)) == (MEAN, STD)
+    assert (tuple(normalize.mean), tuple(normalize.std)) == (MEAN, STD)
     context = model.model["text"]["context"]
     ids = library.get_tokenizer(f"local-dir:{folder}")(TEXTS)
     np.testing.assert_array_equal(ids.numpy(), tokenize(TEXTS, context))
@@ -720,8 +720,11 @@ def variables_of(method, kind):
     config.model.image = IMAGES[kind]
     config.model.text.update(vocab_size=20, eot_id=18, context=8, width=24, heads=3)
     init = methods.build(config, make_mesh(1, 1, jax.devices()[:1])).init
-    params, extra = jax.eval_shape(init, jax.random.key(0))
-    like = {"params": params, **{name: extra[name] for name in extra if name == "batch_stats"}}
+    params, model_state = jax.eval_shape(init, jax.random.key(0))
+    like = {
+        "params": params,
+        **{name: model_state[name] for name in model_state if name == "batch_stats"},
+    }
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), like)
 
@@ -911,7 +914,7 @@ def test_the_processor_of_transformers(run, tmp_path):
     )
     theirs = found["pixel_values"].numpy().transpose(0, 2, 3, 1)  # NCHW -> NHWC
     levels = 255 * (theirs * np.float32(STD) + np.float32(MEAN))
-    ours = np.stack([resize_centre_crop(picture, 37, size) for picture in pictures])
+    ours = np.stack([resize_center_crop(picture, 37, size) for picture in pictures])
     off = np.abs(levels - ours)
     assert off.max() < 7 and off[:2].mean() < 1.5 and off[2].max() < 1e-3
     assert np.abs(levels - np.roll(ours, 1, axis=2))[:2].mean() > 4  # none is a pixel aside

@@ -474,7 +474,7 @@ def write_dataset(directory, class_names=(), synthetic=False):
         path = directory / records.shard_name("set", "train", shard, 2)
         writer = ArrayRecordWriter(str(path), "group_size:1")
         for record in stored[3 * shard : 3 * shard + 3]:
-            writer.write(records.serialise(record))
+            writer.write(records.serialize(record))
         writer.close()
     records.write_metadata(
         directory, "set", {"train": records.SplitSize([3, 2], 1000)}, class_names, synthetic

@@ -41,7 +41,7 @@ def read(output, split: str = "train") -> list[records.Record]:
     source = tfds.builder_from_directory(output).as_data_source(
         split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
-    return [records.deserialise(stored) for stored in source]
+    return [records.deserialize(stored) for stored in source]
 
 
 def refused(output, split: str = "train") -> list[tuple[str, str]]:

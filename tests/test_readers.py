@@ -34,7 +34,7 @@ def write_prepared(folder) -> str:
     writer = ArrayRecordWriter(str(path), "group_size:1")
     for index in range(COUNT):
         record = {"image": encoded(index), "captions": [f"number {index}"], "key": str(index)}
-        writer.write(records.serialise(record))
+        writer.write(records.serialize(record))
     writer.close()
     records.write_metadata(folder, "set", {"train": records.SplitSize([COUNT], 1000)})
     return str(folder)

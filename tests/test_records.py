@@ -27,14 +27,14 @@ SYNTHETIC = {"synthetic": ["a dog", "Café"]}
 
 
 @pytest.mark.parametrize("more", [{}, {"label": 0}, {"label": 3}, SYNTHETIC])
-def test_serialise_and_back(more):
-    assert records.deserialise(records.serialise(record(1, **more))) == record(1, **more)
+def test_serialize_and_back(more):
+    assert records.deserialize(records.serialize(record(1, **more))) == record(1, **more)
 
 
 def test_field_order_does_not_matter():
     fields = record(1, label=2, **SYNTHETIC)
     backwards = dict(reversed(fields.items()))
-    assert records.serialise(backwards) == records.serialise(fields)
+    assert records.serialize(backwards) == records.serialize(fields)
 
 
 def test_tfds_reads_what_was_written(tmp_path):
@@ -49,7 +49,7 @@ def test_tfds_reads_what_was_written(tmp_path):
             str(tmp_path / records.shard_name("birds", "val", number, 3)), "group_size:1"
         )
         for fields in shard:
-            writer.write(records.serialise(fields))
+            writer.write(records.serialize(fields))
         writer.close()
     records.write_metadata(
         tmp_path, "birds", {"val": records.SplitSize([2, 0, 1], 10)}, ["owl", "barn owl"], True

@@ -27,8 +27,9 @@ from declip_jax.report import examples, figures
 from declip_jax.report.page import write_page
 from declip_jax.report.runs import differences, load_runs
 from declip_jax.report.scores import scores, worst_classes
-from declip_jax.train import Setup, train
-from tests import runs as runs_for_tests
+from declip_jax.step import Setup
+from declip_jax.train import train
+from tests import make_runs as runs_for_tests
 
 HOSTILE = '<script>document.title = "taken"</script> & a "$5" cat'
 METHODS = {
@@ -48,7 +49,7 @@ BROWSER_OPTIONS = (
 
 
 def write_shard(path: Path) -> Path:
-    """24 images of one colour each, with captions; the last one's is hostile."""
+    """24 images of one color each, with captions; the last one's is hostile."""
     with tarfile.open(path, "w") as tar:
         for number in range(24):
             image = np.full((40, 50, 3), 10 * number, np.uint8)
@@ -112,7 +113,7 @@ def runs(workdirs):
 
 def test_head(runs):
     declip, clip = runs
-    assert declip.colour != clip.colour
+    assert declip.color != clip.color
     said = declip.summary()
     assert said["method"] == "declip" and said["step"] == "3 of 3" and said["pairs seen"] == "48"
     assert int(said["parameters"].replace(",", "")) > 1_000_000
@@ -194,10 +195,10 @@ def test_gallery_marks_what_is_right(runs):
         assert all(match.uri.startswith("data:image/jpeg;base64,") for match in matches)
 
 
-def test_neighbours_have_the_captions_that_were_enqueued(runs):
+def test_neighbors_have_the_captions_that_were_enqueued(runs):
     """The learning rate is 0: the captions, encoded again, have the cosines of the rows."""
     run = runs[0]
-    found = examples.neighbours(run.trained, captions=2, k=128)
+    found = examples.neighbors(run.trained, captions=2, k=128)
     assert len(found) == max(2, jax.device_count())
     encode = run.trained.encoder.encode_text
 
@@ -215,10 +216,10 @@ def test_neighbours_have_the_captions_that_were_enqueued(runs):
 
 
 @pytest.mark.mesh
-def test_as_many_captions_have_neighbours_as_the_devices_share_evenly(tmp_path):
+def test_as_many_captions_have_neighbors_as_the_devices_share_evenly(tmp_path):
     config = runs_for_tests.declip_config(tmp_path)
     runs_for_tests.make_run(tmp_path / "run", config, data=digest(open_data(config.data)))
-    found = examples.neighbours(load(tmp_path / "run"), captions=2, k=3)
+    found = examples.neighbors(load(tmp_path / "run"), captions=2, k=3)
     assert len(found) == 8
     assert all(row.caption is None for _, rows in found for row in rows)  # random rows
 
@@ -233,7 +234,7 @@ def test_queries_are_what_training_would_look_up_next(runs, monkeypatch):
     monkeypatch.setattr(
         Encoder, "encode_text", lambda self, tokens: seen.append(tokens) or original(self, tokens)
     )
-    examples.neighbours(trained, captions=8, k=1)
+    examples.neighbors(trained, captions=8, k=1)
     with_masks = trained.setup.batches(open_data(config.data), trained.record["samples"])
     tokens = next(with_masks)["tokens"]
     with_masks.close()
@@ -241,15 +242,15 @@ def test_queries_are_what_training_would_look_up_next(runs, monkeypatch):
     np.testing.assert_array_equal(seen[0][:, :length], tokens[:8, 0])
 
 
-def test_neighbours_of_a_run_that_cannot_tell(runs):
+def test_neighbors_of_a_run_that_cannot_tell(runs):
     declip, clip = runs
-    assert examples.neighbours(clip.trained, 2, 5) == []
+    assert examples.neighbors(clip.trained, 2, 5) == []
     record = declip.trained.record
     with pytest.raises(ValueError, match="has changed since"):
-        examples.neighbours(declip.trained._replace(record=record | {"data": "other"}), 2, 5)
+        examples.neighbors(declip.trained._replace(record=record | {"data": "other"}), 2, 5)
     grown = declip.trained._replace(record=record | {"samples": record["samples"] + 16})
     with pytest.raises(ValueError, match="config.batch_size has changed"):
-        examples.neighbours(grown, 2, 5)
+        examples.neighbors(grown, 2, 5)
 
 
 def write(monkeypatch, *arguments) -> None:
@@ -410,8 +411,8 @@ def test_gallery(page):
     right, wrong = page.locator("#gallery li.right"), page.locator("#gallery li.wrong")
     assert right.count() + wrong.count() == images.count() and right.count() > 0
     assert set(right.all_inner_texts()) == {"✓"} and set(wrong.all_inner_texts()) == {"✗"}
-    colours = {one.first.evaluate("one => getComputedStyle(one).color") for one in (right, wrong)}
-    assert colours == {"rgb(26, 127, 55)", "rgb(207, 34, 46)"}
+    colors = {one.first.evaluate("one => getComputedStyle(one).color") for one in (right, wrong)}
+    assert colors == {"rgb(26, 127, 55)", "rgb(207, 34, 46)"}
 
 
 def test_support_set(page):

@@ -116,22 +116,22 @@ def test_not_a_number_is_not_hidden():
 
 @on_meshes
 @pytest.mark.parametrize("block", [5, 1024])
-def test_own_rank_equals_plain(shape, block):
+def test_positive_rank_equals_plain(shape, block):
     mesh = mesh_of(shape)
     near = unit(X + 1.5 * Y)
     twice = np.concatenate([Y[: ROWS // 2]] * 2)
     same = unit(np.ones((ROWS, WIDTH)))
     broken = np.where(np.arange(ROWS)[:, None] % 5 == 0, np.nan, near)
-    own_rank = jax.jit(partial(ring.own_rank, mesh=mesh, block=block))
+    positive_rank = jax.jit(partial(ring.positive_rank, mesh=mesh, block=block))
     for queries, keys in [(X, near), (twice, twice), (same, same), (X, broken), (broken, X)]:
-        ours = own_rank(*jax.device_put((queries, keys), batch_sharding(mesh)))
+        ours = positive_rank(*jax.device_put((queries, keys), batch_sharding(mesh)))
         assert ours.dtype == jnp.int32
-        np.testing.assert_array_equal(ours, contrastive.own_rank(queries, keys))
+        np.testing.assert_array_equal(ours, contrastive.positive_rank(queries, keys))
 
 
 def test_rows_must_divide_over_devices():
     x, layout = X[:90], {"mesh": mesh_of((8, 1)), "block": 4}
-    for call in (partial(ring.info_nce, x, x, 1.0), partial(ring.own_rank, x, x)):
+    for call in (partial(ring.info_nce, x, x, 1.0), partial(ring.positive_rank, x, x)):
         with pytest.raises(ValueError, match="90 rows cannot be divided over 8 devices"):
             call(**layout)
 
@@ -147,7 +147,7 @@ def test_memory_and_communication():
         return (x_to_y + y_to_x).mean()
 
     def rank(x, y, _):
-        return ring.own_rank(x, y, mesh=mesh, block=1024)
+        return ring.positive_rank(x, y, mesh=mesh, block=1024)
 
     for function in (jax.value_and_grad(loss, (0, 1, 2)), rank):
         compiled = jax.jit(function).lower(features, features, scale).compile()

@@ -23,8 +23,8 @@ def _drawn(thing, background="white", size=64):
     return scenes.draw(scene, size, random.Random(0)).astype(float)
 
 
-def _coloured(image):
-    """Pixels of objects, in either tone of a texture: backgrounds are grey."""
+def _colored(image):
+    """Pixels of objects, in either tone of a texture: backgrounds are gray."""
     return image.max(-1).astype(int) - image.min(-1) > 60
 
 
@@ -91,7 +91,7 @@ def test_zeroshot_classes():
     for index in range(len(source)):
         ((thing, _, _),) = _described("zeroshot", index).objects
         labels.append(source[index]["label"])
-        assert source.class_names[labels[-1]] == f"{thing.colour} {thing.shape}"
+        assert source.class_names[labels[-1]] == f"{thing.color} {thing.shape}"
     assert set(collections.Counter(labels).values()) == {10}
 
 
@@ -105,7 +105,7 @@ def _any_of(words):
 
 PHRASE = re.compile(
     rf"\ban? (?:(?P<size>{_any_of(scenes.SIZES)}) )?"
-    rf"(?:(?P<texture>{_any_of(scenes.TEXTURES)}) )?(?P<colour>{_any_of(scenes.COLOURS)}) "
+    rf"(?:(?P<texture>{_any_of(scenes.TEXTURES)}) )?(?P<color>{_any_of(scenes.COLORS)}) "
     rf"(?P<shape>{_any_of(scenes.SHAPES)})\b(?: (?P<place>{_any_of(PLACES)}))?"
 )
 
@@ -117,9 +117,9 @@ def _read(caption, scene):
         assert match[1] == scene.background
         plain = plain[: match.start()]
     if match := re.match(r"(two|three) (?:(\w+) )?(\w+): ", plain):
-        number, colour, noun = match.groups()
+        number, color, noun = match.groups()
         assert {"two": 2, "three": 3}[number] == len(scene.objects)
-        assert not colour or {thing.colour for thing, _, _ in scene.objects} == {colour}
+        assert not color or {thing.color for thing, _, _ in scene.objects} == {color}
         shapes = {
             f"{t.shape}es" if t.shape == "cross" else f"{t.shape}s" for t, _, _ in scene.objects
         }
@@ -165,7 +165,7 @@ def test_captions_are_true(split):
 
 
 @pytest.mark.parametrize("split", scenes.SPLITS)
-def test_synthetic_captions_name_colours_and_shapes_alone(split):
+def test_synthetic_captions_name_colors_and_shapes_alone(split):
     source = Scenes(split, 16)
     for index in range(100):
         (caption,) = source[index]["synthetic"]
@@ -177,13 +177,13 @@ def test_synthetic_captions_name_colours_and_shapes_alone(split):
 def test_captions_of_training_use_every_word():
     source = Scenes("train", 16)
     captions = " ".join(caption for index in range(1000) for caption in source[index]["captions"])
-    vocabulary = [*scenes.SHAPES, *scenes.COLOURS, *scenes.TEXTURES, *scenes.SIZES, *PLACES]
+    vocabulary = [*scenes.SHAPES, *scenes.COLORS, *scenes.TEXTURES, *scenes.SIZES, *PLACES]
     vocabulary += [*scenes.BACKGROUNDS, *scenes.SYNONYMS, *NAMES, "above"]
     missing = [word for word in vocabulary if not re.search(rf"\b{word}\b", captions)]
     assert not missing
 
 
-def test_captions_of_training_tell_from_colours_and_shapes_alone_to_everything():
+def test_captions_of_training_tell_from_colors_and_shapes_alone_to_everything():
     source = Scenes("train", 16)
     for index in range(100):
         scene = _described("train", index)
@@ -202,19 +202,19 @@ def test_retrieval_captions_are_unique():
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_colours_and_sizes_are_those_named(size):
-    palette = np.array(list(scenes.COLOURS.values()), float)
+def test_colors_and_sizes_are_those_named(size):
+    palette = np.array(list(scenes.COLORS.values()), float)
     areas = {}
     for thing in TRAINING + HELD_OUT:
         image = _drawn(thing, size=size)
-        coloured = _coloured(image)
+        colored = _colored(image)
         # The purest pixels: others are mixed with the background or of a texture's darker tone.
-        pixels = image[coloured]
+        pixels = image[colored]
         spread = pixels.max(-1) - pixels.min(-1)
-        colour = np.median(pixels[spread >= np.quantile(spread, 0.7)], 0)
-        nearest = np.abs(palette - colour).sum(-1).argmin()
-        assert list(scenes.COLOURS)[nearest] == thing.colour, (thing, colour)
-        areas[thing] = coloured.sum()
+        color = np.median(pixels[spread >= np.quantile(spread, 0.7)], 0)
+        nearest = np.abs(palette - color).sum(-1).argmin()
+        assert list(scenes.COLORS)[nearest] == thing.color, (thing, color)
+        areas[thing] = colored.sum()
     for thing, area in areas.items():
         if thing.size == "small":
             assert areas[thing._replace(size="large")] > 2 * area, thing
@@ -223,12 +223,12 @@ def test_colours_and_sizes_are_those_named(size):
 def test_objects_are_where_they_should_be():
     source = Scenes("train")
     for index in range(300):
-        scene, coloured = _described("train", index), _coloured(source[index]["image"])
+        scene, colored = _described("train", index), _colored(source[index]["image"])
         assert len({(row, column) for _, row, column in scene.objects}) == len(scene.objects)
         if len(scene.objects) == 1:
             ((_, row, column),) = scene.objects
             # The middle is narrow: large objects lie close to it, and crescents bulge to one side.
-            centroid = np.argwhere(coloured).mean(0) / 63
+            centroid = np.argwhere(colored).mean(0) / 63
             assert tuple(np.digitize(centroid, (0.4, 0.6))) == (row, column), scene
 
 
@@ -236,9 +236,9 @@ def test_shapes_and_textures_look_different():
     kinds = itertools.product(scenes.SHAPES, scenes.TEXTURES)
     drawn = {kind: _drawn(Thing(kind[0], "red", kind[1], "large")) for kind in kinds}
     for a, b in itertools.combinations(drawn, 2):
-        # By brightness, not outline: a texture is a darker tone of the object's colour.
+        # By brightness, not outline: a texture is a darker tone of the object's color.
         differ = np.abs(drawn[a] - drawn[b]).max(-1) > 50
-        either = _coloured(drawn[a]) | _coloured(drawn[b])
+        either = _colored(drawn[a]) | _colored(drawn[b])
         assert (differ & either).sum() > 0.15 * either.sum(), (a, b)
 
 

@@ -70,7 +70,7 @@ def pixel(record) -> int:
 
 
 def class_folders(root: Path, names, images: int = 1, value=lambda index: index) -> None:
-    """Folders of `names`, each image of the colour that `value` gives for the folder's index."""
+    """Folders of `names`, each image of the color that `value` gives for the folder's index."""
     for index, name in enumerate(names):
         (root / name).mkdir(parents=True)
         for number in range(images):
@@ -78,7 +78,7 @@ def class_folders(root: Path, names, images: int = 1, value=lambda index: index)
 
 
 def shards(root: Path, split: str, given) -> None:
-    """One shard as CLIP_benchmark writes them: images of the colour of their number in KEY.cls."""
+    """One shard as CLIP_benchmark writes them: images of the color of their number in KEY.cls."""
     (root / split).mkdir(parents=True)
     with tarfile.open(root / split / "0.tar", "w") as tar:
         for key, number in enumerate(given):
@@ -444,7 +444,7 @@ def test_captioned_sets(tmp_path):
 
 
 @pytest.mark.parametrize("name, near", [("cifar", "cifar10"), ("imagenet-a", "imagenet_a")])
-def test_misspelt(name, near):
+def test_misspelled(name, near):
     with pytest.raises(ValueError, match=f"set '{name}' is unknown; did you mean '{near}'"):
         sets.open_set(name, "test", "")
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs import common
 from declip_jax.data import sources
 from declip_jax.data.scenes import Scenes
-from declip_jax.data.sources.derived import Part, part_of
+from declip_jax.data.sources.part import Part, part_of
 from tests.test_order import Fake
 
 

@@ -13,11 +13,11 @@ from declip_jax.evals.cache import Cache
 from declip_jax.evals.preprocess import CLIP, IMAGENET, preprocess
 from declip_jax.evals.results import Results, read_results
 
-COLOURS = {"red": (0, 0, 220), "green": (0, 200, 0), "blue": (220, 0, 0)}  # BGR, as OpenCV has it
+COLORS = {"red": (0, 0, 220), "green": (0, 200, 0), "blue": (220, 0, 0)}  # BGR, as OpenCV has it
 
 
-class ByColour:
-    """An encoder that knows colours: mean pixel of images, and of texts the colour they name."""
+class ByColor:
+    """An encoder that knows colors: mean pixel of images, and of texts the color they name."""
 
     context = 16
     mesh = None
@@ -35,23 +35,23 @@ class ByColour:
 
         self.texts += len(tokens)
         features = np.full((len(tokens), 3), 1e-3, np.float32)
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             word = tokenize([name], self.context)[0, 1]
-            features[(tokens == word).any(axis=1)] += np.array(colour[::-1], np.float32)
+            features[(tokens == word).any(axis=1)] += np.array(color[::-1], np.float32)
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Class folders of one-coloured pictures: 10 a class to train, 4 to test."""
-    folder = tmp_path_factory.mktemp("colours")
+    """Class folders of one-colored pictures: 10 a class to train, 4 to test."""
+    folder = tmp_path_factory.mktemp("colors")
     rng = np.random.default_rng(0)
     for split, count in (("train", 10), ("test", 4)):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
                 noise = rng.integers(-20, 20, (40, 48, 3))
-                image = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+                image = np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)
                 cv2.imwrite(str(folder / split / name / f"{number}.png"), image)
     return str(folder)
 
@@ -64,7 +64,7 @@ def shared(**settings):
 
 def score(entry, cache=None, encoder=None):
     task = suite.task_of(entry, shared())
-    return task(encoder or ByColour(), cache or Cache())
+    return task(encoder or ByColor(), cache or Cache())
 
 
 @pytest.mark.parametrize("task", ["zeroshot", "linear_probe", "knn", "few_shot"])
@@ -73,9 +73,9 @@ def test_each_task_finds_what_an_encoder_knows(folder, task):
     if task == "few_shot":
         entry |= dict(shots=(1, 2), seeds=2)
     if task == "knn":
-        entry |= dict(neighbours=5)
+        entry |= dict(neighbors=5)
     made = suite.task_of(entry, shared())
-    result = made(ByColour(), Cache())
+    result = made(ByColor(), Cache())
     assert set(made.metrics) <= set(result.metrics) and made.metric in made.metrics
     assert all(result.metrics[name] == 1.0 for name in made.metrics if "top5" not in name)
     assert [row["name"] for row in result.classes] == (
@@ -85,15 +85,15 @@ def test_each_task_finds_what_an_encoder_knows(folder, task):
 
 def test_retrieval_takes_so_many_captions_and_a_prefix(tmp_path):
     rows = ["filepath,caption"]
-    for name, colour in COLOURS.items():
-        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((40, 40, 3), colour, np.uint8))
+    for name, color in COLORS.items():
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((40, 40, 3), color, np.uint8))
         rows += [f"{name}.png,all {name}", f"{name}.png,nothing to see"]
     (tmp_path / "set.csv").write_text("\n".join(rows) + "\n")
     entry = dict(task="retrieval", source=str(tmp_path / "set.csv"))
     assert score(entry).metrics["texts"] == 6
     karpathy = [
         dict(filename=f"{name}.png", split="test", sentences=[dict(raw=f"a {name}")] * 6)
-        for name in COLOURS
+        for name in COLORS
     ]
     (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": karpathy}))
     known = dict(task="retrieval", set="flickr30k", source=str(tmp_path / "dataset_flickr30k.json"))
@@ -103,7 +103,7 @@ def test_retrieval_takes_so_many_captions_and_a_prefix(tmp_path):
 
 
 def test_features_are_made_once_for_all_that_learn_from_them(folder):
-    encoder, cache = ByColour(), Cache()
+    encoder, cache = ByColor(), Cache()
     for task in ("linear_probe", "knn"):
         score(dict(task=task, source=folder), cache, encoder)
     assert encoder.images == 30 + 12
@@ -112,29 +112,29 @@ def test_features_are_made_once_for_all_that_learn_from_them(folder):
 def test_other_pictures_under_the_same_names_are_other_data(folder, tmp_path):
     """Nor are splits of one size with the same names the same images."""
     cache, scores = Cache(tmp_path / "cache", "model"), []
-    for number, colours in enumerate((list(COLOURS), list(COLOURS)[::-1])):
+    for number, colors in enumerate((list(COLORS), list(COLORS)[::-1])):
         place = tmp_path / str(number)
         for split in ("train", "test"):
-            for name, colour in zip(COLOURS, colours, strict=True):
+            for name, color in zip(COLORS, colors, strict=True):
                 (place / split / name).mkdir(parents=True)
-                image = np.full((40, 40, 3), COLOURS[colour], np.uint8)
+                image = np.full((40, 40, 3), COLORS[color], np.uint8)
                 cv2.imwrite(str(place / split / name / "0.png"), image)
                 cv2.imwrite(str(place / split / name / "1.png"), image // 2)
         entry = dict(task="zeroshot", source=str(place))
         probe = suite.task_of(dict(task="knn", source=str(place)), shared())
         scores.append(score(entry, cache).metrics["top1"])
-        splits = probe.splits(ByColour(), cache)
+        splits = probe.splits(ByColor(), cache)
         assert len(splits["train"]) + len(splits["validation"]) == len(splits["test"]) == 6
         identity = probe.identity()
         cv2.imwrite(str(place / "test" / "red" / "1.png"), np.zeros((40, 40, 3), np.uint8))
         changed = suite.task_of(dict(task="knn", source=str(place)), shared())
         assert changed.identity() != identity
-        assert not np.array_equal(changed.splits(ByColour(), cache)["test"], splits["test"])
+        assert not np.array_equal(changed.splits(ByColor(), cache)["test"], splits["test"])
     assert scores == [1.0, 1 / 3]
 
 
 def test_splits_must_differ_and_have_the_same_classes(folder, tmp_path):
-    for name in list(COLOURS)[1:]:
+    for name in list(COLORS)[1:]:
         (tmp_path / "val" / name).mkdir(parents=True)
         image = np.zeros((40, 40, 3), np.uint8)
         cv2.imwrite(str(tmp_path / "val" / name / "0.png"), image)
@@ -152,10 +152,10 @@ def test_a_task_that_fails_or_is_not_waited_for_leaves_the_others(folder):
         suite.task_of(dict(task=name, source=folder), shared()) for name in ("knn", "zeroshot")
     ]
     tasks[0].splits = lambda *_: (_ for _ in ()).throw(ValueError("no luck"))
-    found, failed = suite.run(tasks, ByColour())
+    found, failed = suite.run(tasks, ByColor())
     assert failed == [f"{folder}/knn: no luck"]
     assert suite.logged(found)[f"val/{folder}/zeroshot/top1"] == 1.0
-    assert suite.run(tasks, ByColour(), stop=lambda: True) == ([], [])
+    assert suite.run(tasks, ByColor(), stop=lambda: True) == ([], [])
 
 
 def test_of_an_interrupted_evaluation_what_was_finished_is_kept(folder, tmp_path):
@@ -163,7 +163,7 @@ def test_of_an_interrupted_evaluation_what_was_finished_is_kept(folder, tmp_path
         suite.task_of(dict(task=name, source=folder), shared()) for name in ("knn", "zeroshot")
     ]
     asked = iter((False, True))
-    found, _ = suite.run(tasks, ByColour(), stop=lambda: next(asked))
+    found, _ = suite.run(tasks, ByColor(), stop=lambda: next(asked))
     absent = [dict(set="dtd", task="knn", why="not there")]
     for checkpoint in ("digest", "digest", "another"):  # of a run that came here again, or anew
         suite.keep(tmp_path, 3, checkpoint, found, absent)
@@ -185,7 +185,7 @@ def test_in_training_a_set_and_task_come_once(folder, tmp_path):
 
 
 def test_prompts_are_encoded_once(folder, tmp_path):
-    encoder = ByColour()
+    encoder = ByColor()
     for _ in range(2):
         score(dict(task="zeroshot", source=folder), Cache(tmp_path, "model"), encoder)
     assert encoder.texts == 3
@@ -210,7 +210,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path):
 
 def test_without_a_validation_split_a_tenth_of_the_images_is_held_out(folder):
     task = suite.task_of(dict(task="linear_probe", source=folder), shared())
-    splits = task.splits(ByColour(), Cache())
+    splits = task.splits(ByColor(), Cache())
     assert len(splits["train"]) == 27 and len(splits["validation"]) == 3
     assert sorted(splits["validation_labels"]) == [0, 1, 2]
 
@@ -222,7 +222,7 @@ def test_without_a_validation_split_a_tenth_of_the_images_is_held_out(folder):
         (dict(set="cifar10"), "task=None is unknown"),
         (dict(task="zeroshot", set="cifar01"), "cifar10"),
         (dict(task="zeroshot", source="scenes", spilt="test"), "did you mean 'split'"),
-        (dict(task="few_shot", source="scenes", neighbours=3), "no setting 'neighbours'"),
+        (dict(task="few_shot", source="scenes", neighbors=3), "no setting 'neighbors'"),
         (dict(task="zeroshot"), "needs a set"),
         (dict(task="few_shot", source="scenes", shots=()), "shots="),
         (dict(task="zeroshot", source="scenes", split="zeroshot", templates="a photo"), "no {}"),

@@ -176,9 +176,11 @@ def test_checkpoint_continues_on_another_number_of_devices(tmp_path):
     eight, two = mesh_of((2, 4)), mesh_of((1, 2))
 
     def train_state(support, mesh):
-        extra = {"support_set": support}
+        model_state = {"support_set": support}
         rest = jax.device_put((jnp.int32(1), jax.random.PRNGKey(0)), replicated(mesh))
-        return TrainState(step=rest[0], params={}, opt_state={}, extra=extra, ema=None, rng=rest[1])
+        return TrainState(
+            step=rest[0], params={}, opt_state={}, model_state=model_state, ema=None, rng=rest[1]
+        )
 
     def run_on(state, mesh):
         state = jit_enqueue(state, batches[1], mesh=mesh)
@@ -192,7 +194,7 @@ def test_checkpoint_continues_on_another_number_of_devices(tmp_path):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
         train_state(init(two), two),
     )
-    restored = checkpoints.restore(1, like).extra["support_set"]
+    restored = checkpoints.restore(1, like).model_state["support_set"]
     checkpoints.close()
     assert len(restored["rows"].sharding.device_set) == 2
     expected_state, expected = run_on(state, eight)
@@ -204,7 +206,7 @@ def test_checkpoint_continues_on_another_number_of_devices(tmp_path):
 
 
 def test_metrics():
-    found = support_set.Neighbours(
+    found = support_set.Neighbors(
         rows=jnp.zeros((4, 2, 3)),
         similarity=jnp.array([[0.5, 0.1], [0.7, 0.1], [0.9, 0.1], [0.3, 0.1]]),
         age=jnp.array([[0, 0], [3, 0], [4, 0], [-1, 0]]),
@@ -223,13 +225,13 @@ def test_metrics():
         ({"size": 60}, "size=60 cannot be divided over 8 devices: choose a positive multiple of 8"),
         ({"size": 0}, "size=0 cannot be divided"),
         ({"size": 24}, r"size=24 is smaller than the 32 rows enqueued a step, 2 × config.batch_si"),
-        ({"neighbours": 0}, "neighbours=0 must lie in 1 … 64"),
-        ({"neighbours": 65}, "neighbours=65 must lie in 1 … 64"),
+        ({"neighbors": 0}, "neighbors=0 must lie in 1 … 64"),
+        ({"neighbors": 65}, "neighbors=65 must lie in 1 … 64"),
         ({"young_steps": 0}, "young_steps=0 must be at least 1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(wrong, message):
-    right = dict(size=64, devices=8, enqueued_per_step=32, neighbours=64, young_steps=1)
+    right = dict(size=64, devices=8, enqueued_per_step=32, neighbors=64, young_steps=1)
     support_set.check(**right)
     with pytest.raises(ValueError, match=f"config.loss.support_set.{message}"):
         support_set.check(**{**right, **wrong})

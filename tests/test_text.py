@@ -161,7 +161,7 @@ def test_short_captions_come_through(operation):
     assert set(several("cat", [operation])) == {"cat"}
     assert set(several(" \n", [operation])) == {""}
     assert all(several("two words", [operation]))
-    assert set(several("Caf\u00c3\u00a9", [operation])) == {"café"}  # cleaned as for the tokeniser
+    assert set(several("Caf\u00c3\u00a9", [operation])) == {"café"}  # cleaned as for the tokenizer
 
 
 # --- synonyms -----------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_wordnet_that_cannot_be_read(wordnet, tmp_path, capsys):
 
     (wordnet / "data.adv").write_text("00001740 02 r\n")
     refused(f"line 1 of {wordnet}/data.adv is not WordNet's: '00001740 02 r'")
-    (wordnet / "data.verb").write_text("  1 licence\nnot a line of WordNet\n")
+    (wordnet / "data.verb").write_text("  1 license\nnot a line of WordNet\n")
     refused(f"line 2 of {wordnet}/data.verb")
     (wordnet / "data.noun").unlink()
     refused(f"No such file or directory: '{wordnet}/data.noun'")

@@ -334,7 +334,7 @@ def prepared(index: int) -> dict:
 
 
 def test_prepared_data_are_tfds_data_too(tmp_path):
-    directory = write_prepared(tmp_path, [records.serialise(prepared(i)) for i in range(5)])
+    directory = write_prepared(tmp_path, [records.serialize(prepared(i)) for i in range(5)])
     for source in (TfdsSource(directory, "train", USUAL), PreparedSource(directory, "train")):
         assert [source[i] for i in range(5)] == [prepared(i) for i in range(5)]
         assert source.class_names == ("a", "b")
@@ -344,7 +344,7 @@ def test_prepared_data_are_tfds_data_too(tmp_path):
 
 
 def test_prepared_records_that_are_damaged(tmp_path):
-    good = records.serialise(prepared(0))
+    good = records.serialize(prepared(0))
     directory = write_prepared(tmp_path, [good, good[:-3], b"", b"\xff" * 50, good])
     expected = ["dict", *3 * ["unreadable record"], "dict"]
     assert outcomes(PreparedSource(directory, "train")) == expected

@@ -123,7 +123,7 @@ def test_ids_are_read_back():
 
 
 def test_known_ids():
-    # As published with OpenAI's tokeniser.
+    # As published with OpenAI's tokenizer.
     expected = [SOT, 320, 2533, 6765, 320, 10297, EOT, 0, 0, 0]
     tokens = tokenize(["A person riding a motorcycle", "a photo of a cat"], 10)
     assert tokens.dtype == np.int32 and tokens.shape == (2, 10)

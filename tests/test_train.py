@@ -27,8 +27,9 @@ from declip_jax.checkpoint import CheckpointError, Checkpoints
 from declip_jax.metrics import read_metrics
 from declip_jax.parallel import mesh as meshes
 from declip_jax.parallel import rules
-from declip_jax.train import Setup, train
-from tests import runs, toy
+from declip_jax.step import Setup
+from declip_jax.train import train
+from tests import make_runs, toy
 
 ROOT = Path(__file__).parent.parent
 CLIP, SLIP, FILIP, DECLIP, DEFILIP, ALIP = (
@@ -99,7 +100,7 @@ EVERYTHING_RANDOM = {
     "optim.clip_norm": 1.0,
     "views.strong.flip": 0.5,
     "views.strong.jitter_prob": 0.8,
-    "views.strong.grey_prob": 0.2,
+    "views.strong.grayscale_prob": 0.2,
     "views.strong.blur_prob": 0.5,
     "views.strong.blur_sigma": (0.1, 0.5),
     "data.eda": ("synonym", "swap", "delete"),
@@ -175,8 +176,8 @@ def test_two_steps_a_new_process_and_two_steps_equal_four_bit_for_bit(
 
     config = tiny(DECLIP, fields)
     state = assert_same_state(config, tmp_path / "halves", tmp_path / "at_once")
-    assert state.extra.keys() == {"batch_stats", "support_set"}
-    assert state.extra["support_set"]["pointer"] == 4 * 32 % 40
+    assert state.model_state.keys() == {"batch_stats", "support_set"}
+    assert state.model_state["support_set"]["pointer"] == 4 * 32 % 40
     assert losses(tmp_path / "halves") == losses(tmp_path / "at_once")
     assert len(set(losses(tmp_path / "halves"))) == 4
 
@@ -203,7 +204,7 @@ def test_running_means_continue_bit_for_bit(fsdp, toy_config, tmp_path):
     shutil.copytree(whole / "checkpoints" / "2", half / "checkpoints" / "2")
     train(config, half)
     state = assert_same_state(config, half, whole)
-    assert state.extra["running_means"]["loss"] != 1
+    assert state.model_state["running_means"]["loss"] != 1
     assert losses(half) == losses(whole)[2:]
 
 
@@ -215,7 +216,7 @@ def run(declip_run) -> Path:
 def test_a_run_logs_what_it_should(run):
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    names = "loss clip simsiam mlm nn_text top1 top5 mlm_overflow nn_similarity nn_young"
+    names = "loss clip simsiam mlm nn_text top1 top5 mlm_dropped nn_similarity nn_young"
     names += " learning_rate logit_scale grad_norm update_norm"
     names += " pairs_per_s pairs_per_s_per_device data_wait_share seconds_left"
     for row in rows:
@@ -257,7 +258,7 @@ def test_evaluation_uses_the_moving_average(run):
 
 def test_another_architecture_in_the_workdir_names_the_fields(declip_run, tmp_path):
     run = shutil.copytree(declip_run / "run", tmp_path / "run")
-    config = runs.declip_config(declip_run).unlock()
+    config = make_runs.declip_config(declip_run).unlock()
     config.total_steps = 8
     config.model.image.width = 64
     config.model.activation = "gelu"
@@ -456,7 +457,7 @@ def test_wrong_settings_are_named_before_anything_is_written(experiment, fields,
 
 @pytest.mark.parametrize("experiment", [DECLIP, SLIP, "clip_rn50_yfcc15m"])
 @pytest.mark.parametrize("microbatches", [1, 4])
-def test_one_example_is_too_few_for_batch_normalisation(
+def test_one_example_is_too_few_for_batch_normalization(
     experiment, microbatches, tmp_path, monkeypatch
 ):
     one_device = functools.partial(Setup, devices=jax.devices()[:1])
@@ -473,7 +474,7 @@ def test_data_without_synthetic_captions(photographs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_misspelt_loss_weight(tmp_path):
+def test_misspelled_loss_weight(tmp_path):
     config = tiny(CLIP).unlock()
     config.loss.weights = {"clap": 1.0}
     with pytest.raises(ValueError, match=r"\['clap'\], but the method's loss terms are \['clip'\]"):

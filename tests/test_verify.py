@@ -69,8 +69,8 @@ def test_each_problem_is_named(birds, capsys):
     first.write_bytes(data)
 
     record = {"image": encoded(1)[:-100], "captions": ["x"], "key": "cut.jpg"}
-    good = records.serialise(record | {"image": encoded(1)})
-    rewrite(birds, 1, [good] * 5 + [b"no record", records.serialise(record)])
+    good = records.serialize(record | {"image": encoded(1)})
+    rewrite(birds, 1, [good] * 5 + [b"no record", records.serialize(record)])
     problem(f"{second.name}: record 5 cannot be read")
     problem(f"{second.name}: record 6 cannot be read", "--decode")
     rewrite(birds, 1, [good] * 6)

@@ -15,7 +15,7 @@ from declip_jax import views
 from declip_jax.data.sources import open_source
 from declip_jax.data.tokenizer import EOT, MASK, tokenize
 from declip_jax.methods import Aux
-from declip_jax.train import Setup, make_init, make_train_step
+from declip_jax.step import Setup, make_init, make_train_step
 from tests.commands import ROOT, user_environment
 
 
@@ -41,8 +41,11 @@ def test_the_first_draw_is_what_the_first_step_sees(config, drawn):
     # A model of one number, and a loss that shows the images which the step made.
     method = setup.method._replace(
         init=lambda rng: ({"x": jnp.zeros(())}, {}),
-        loss=lambda params, extra, batch, rng: (0.0, Aux({"image": batch["image"]}, extra)),
-        project=lambda params: params,
+        loss=lambda params, model_state, batch, rng: (
+            0.0,
+            Aux({"image": batch["image"]}, model_state),
+        ),
+        constrain=lambda params: params,
     )
     tx = optax.sgd(0.1)
     step = make_train_step(method, tx, lambda step: 0.1, {"x": False}, config)
@@ -69,7 +72,7 @@ def test_texts_are_read_off_the_tokens():
     text = "a dog , café 🐶 日本 supercalifragilistic"
     (tokens,) = tokenize([text], 24)
     inner = tokens[1 : (tokens == EOT).argmax()]
-    assert views.detokenise(inner) == text
+    assert views.detokenize(inner) == text
     labels = np.full_like(tokens, -1)
     hidden = tokens.copy()
     for place in (1, 2):
@@ -80,22 +83,22 @@ def test_texts_are_read_off_the_tokens():
         ("masked", "[mask] [mask] , café 🐶 日本 supercalifragilistic"),
         ("to predict", "a, dog"),
     ]
-    assert views.detokenise([]) == ""
+    assert views.detokenize([]) == ""
 
 
 def test_every_view_is_on_the_page(tmp_path):
-    grey = np.full((20, 40, 3), 128, np.uint8)
+    gray = np.full((20, 40, 3), 128, np.uint8)
     images = np.zeros((2, 3, 8, 8, 3))  # [draws, V, ...]
     images[..., 0], images[0, 1, ..., 2] = 1.0, 1.0  # red; in one view magenta
     texts = [[("masked", "costs $\\frac 5$ " + 90 * "and so on "), ("to predict", "")]] * 2
-    samples = [views.Sample(key, grey, images, texts) for key in ("first", "second")]
+    samples = [views.Sample(key, gray, images, texts) for key in ("first", "second")]
     out = tmp_path / "views.png"
     views.draw_page(samples, ["one", "two", "three\nflip", "text\nat most"], str(out))
     page = cv2.imread(str(out))[:, :, ::-1]
     assert page.shape[1] == views.WIDTH
 
-    def squares(colour):
-        return (page == colour).all(axis=-1).sum() / views.CELL**2
+    def squares(color):
+        return (page == color).all(axis=-1).sum() / views.CELL**2
 
     assert 9.5 < squares((255, 0, 0)) <= 10
     assert 1.9 < squares((255, 0, 255)) <= 2

@@ -368,7 +368,7 @@ def test_no_shard_at_all(tmp_path):
 # Sets of CLIP_benchmark -------------------------------------------------------------------------
 
 
-def labelled(key: str, label: bytes | None, **more: bytes) -> list[tuple[str, bytes]]:
+def labeled(key: str, label: bytes | None, **more: bytes) -> list[tuple[str, bytes]]:
     """KEY.webp and KEY.cls."""
     parts = {"webp": b"image of " + key.encode(), "cls": label} | more
     return [(f"{key}.{extension}", data) for extension, data in parts.items() if data is not None]
@@ -384,10 +384,10 @@ def write_classes(root: Path, names="cat\ngrey_wolf\nfox\n", **splits) -> None:
 
 
 def test_classes(tmp_path):
-    train = labelled("s0000000", b"2") + labelled("s0000001", b"0")
-    test = labelled("s0000000", b"1") + labelled("s0000001", b"2\n", txt=b"its own caption")
-    test += labelled("s0000002", b"0", json=b'{"caption": "in JSON"}')
-    test += labelled("s0000003", b"0", json=b'{"caption": null}')
+    train = labeled("s0000000", b"2") + labeled("s0000001", b"0")
+    test = labeled("s0000000", b"1") + labeled("s0000001", b"2\n", txt=b"its own caption")
+    test += labeled("s0000002", b"0", json=b'{"caption": "in JSON"}')
+    test += labeled("s0000003", b"0", json=b'{"caption": null}')
     write_classes(tmp_path, train=train, test=test)
     source = open_source(str(tmp_path), "test")
     assert source.class_names == ("cat", "grey_wolf", "fox") and len(source) == 4
@@ -412,7 +412,7 @@ def test_classes(tmp_path):
 
 
 def test_labels_of_other_names(tmp_path):
-    write_classes(tmp_path, test=labelled("a", None, idx=b"2", json=b'{"class": 1}'))
+    write_classes(tmp_path, test=labeled("a", None, idx=b"2", json=b'{"class": 1}'))
     shards = str(tmp_path / "test")
     assert WebDataset(shards, Columns(label=".idx"))[0]["label"] == 2
     assert WebDataset(shards, Columns(label="json.class"))[0]["label"] == 1
@@ -420,7 +420,7 @@ def test_labels_of_other_names(tmp_path):
 
 @pytest.mark.parametrize("label", [None, b"", b"3", b"-1", b"1.0", b"cat", "²".encode(), b"9" * 99])
 def test_labels_that_cannot_be_used(tmp_path, label):
-    write_classes(tmp_path, test=labelled("a", label) + labelled("b", b"0"))
+    write_classes(tmp_path, test=labeled("a", label) + labeled("b", b"0"))
     source = open_source(str(tmp_path), "test")
     with pytest.raises(BadRecord, match="no label.*expected a number below 3"):
         source[0]
@@ -428,7 +428,7 @@ def test_labels_that_cannot_be_used(tmp_path, label):
 
 
 def test_labels_need_the_names_of_the_classes(tmp_path):
-    write(tmp_path, labelled("a", b"0", txt=b"a"))
+    write(tmp_path, labeled("a", b"0", txt=b"a"))
     assert "label" not in WebDataset(str(tmp_path), USUAL)[0]
     with pytest.raises(ValueError, match="columns.label='cls': no classnames.txt is beside"):
         WebDataset(str(tmp_path), Columns(label="cls"))
@@ -446,14 +446,14 @@ def test_labels_need_the_names_of_the_classes(tmp_path):
 )
 def test_names_of_classes_that_cannot_be_used(tmp_path, monkeypatch, names, words):
     monkeypatch.setattr(webdataset, "MAX_NOTE_BYTES", 99)
-    write_classes(tmp_path, test=labelled("a", b"0"))
+    write_classes(tmp_path, test=labeled("a", b"0"))
     (tmp_path / "classnames.txt").write_bytes(names)
     with pytest.raises(ValueError, match=words):
         open_source(str(tmp_path), "test")
 
 
 def test_names_of_classes_with_the_line_ends_of_windows(tmp_path):
-    write_classes(tmp_path, test=labelled("a", b"1"))
+    write_classes(tmp_path, test=labeled("a", b"1"))
     (tmp_path / "classnames.txt").write_bytes("\ufeffcat\r\ncaf\u00e9\r\n".encode())
     assert open_source(str(tmp_path), "test").class_names == ("cat", "café")
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import common
-from declip_jax.losses.contrastive import clip_loss, normalise
+from declip_jax.losses.contrastive import clip_loss, normalize
 from declip_jax.methods import base
 from declip_jax.methods.base import Aux, Method, Views
 
@@ -30,21 +30,21 @@ def build(config, mesh) -> Method:
         }
         return params, {"running_means": {"loss": jnp.ones(())}}
 
-    def encode_image(params, extra, images):  # [B, H, W, 3] -> [B, WIDTH]
-        return normalise(images.mean(axis=(1, 2)) @ params["image"]["kernel"])
+    def encode_image(params, model_state, images):  # [B, H, W, 3] -> [B, WIDTH]
+        return normalize(images.mean(axis=(1, 2)) @ params["image"]["kernel"])
 
-    def encode_text(params, extra, tokens):  # [B, L] -> [B, WIDTH]
+    def encode_text(params, model_state, tokens):  # [B, L] -> [B, WIDTH]
         counts = jax.nn.one_hot(tokens % CLASSES, CLASSES).sum(axis=1)
-        return normalise(counts @ params["text"]["kernel"])
+        return normalize(counts @ params["text"]["kernel"])
 
-    def loss(params, extra, batch, rng):
-        image = encode_image(params, extra, batch["image"][:, 0])
-        text = encode_text(params, extra, batch["tokens"][:, 0])
+    def loss(params, model_state, batch, rng):
+        image = encode_image(params, model_state, batch["image"][:, 0])
+        text = encode_text(params, model_state, batch["tokens"][:, 0])
         scale = base.exp_scale(params["logit_scale"], config.loss.max_scale)
         terms = {"clip": clip_loss(image, text, scale, info_nce=contrast.info_nce)}
         total = base.weighted_sum(terms, weights)
-        accuracy = base.accuracy(contrast.own_rank(image, text))
-        mean = 0.9 * extra["running_means"]["loss"] + 0.1 * jax.lax.stop_gradient(total)
+        accuracy = base.accuracy(contrast.positive_rank(image, text))
+        mean = 0.9 * model_state["running_means"]["loss"] + 0.1 * jax.lax.stop_gradient(total)
         metrics = {"loss": total, **terms, "logit_scale": scale, "running_mean": mean, **accuracy}
         return total, Aux(metrics, {"running_means": {"loss": mean}})
 
@@ -52,7 +52,7 @@ def build(config, mesh) -> Method:
         views=Views(image=("weak",), text=("caption",)),
         init=init,
         loss=loss,
-        project=lambda params: base.clamp_logit_scale(params, limits),
+        constrain=lambda params: base.clamp_logit_scale(params, limits),
         encode_image=encode_image,
         encode_text=encode_text,
     )

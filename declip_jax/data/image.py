@@ -147,7 +147,7 @@ def _is_jpeg(image: bytes | np.ndarray) -> bool:
 def decode(image: bytes | np.ndarray, shrink: int = 1) -> np.ndarray:
     """Decodes to uint8 [ceil(H / shrink), ceil(W / shrink), 3] RGB, turned as its Exif tag says.
 
-    Grey and CMYK become RGB, alpha is dropped, 16 bits become 8. The array may be a view of another
+    Gray and CMYK become RGB, alpha is dropped, 16 bits become 8. The array may be a view of another
     with turned axes.
 
     Args:
@@ -164,7 +164,7 @@ def decode(image: bytes | np.ndarray, shrink: int = 1) -> np.ndarray:
     if orientation > 4:
         height, width = width, height
     if _is_jpeg(image):
-        # Strict, because libjpeg otherwise paints what is missing grey. The bounds keep it from
+        # Strict, because libjpeg otherwise paints what is missing gray. The bounds keep it from
         # choosing a factor between, like 3/8, whose pixels would lie across the crop's edges.
         pixels = simplejpeg.decode_jpeg(
             image,
@@ -252,7 +252,7 @@ def _sample_box(
             top = int(rng.integers(height - box_height + 1))
             left = int(rng.integers(width - box_width + 1))
             return top, left, top + box_height, left + box_width
-    # The image is much longer than wide, or the reverse: the largest allowed crop of its centre.
+    # The image is much longer than wide, or the reverse: the largest allowed crop of its center.
     box_height = min(height, max(1, round(width / ratio[0])))
     box_width = min(width, max(1, round(height * ratio[1])))
     top, left = (height - box_height) // 2, (width - box_width) // 2
@@ -275,8 +275,8 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return image
 
 
-def resize_centre_crop(image: bytes | np.ndarray, short_side: int, resolution: int) -> np.ndarray:
-    """For evaluation: the short side resized, then the square of the centre, uint8 [R, R, 3].
+def resize_center_crop(image: bytes | np.ndarray, short_side: int, resolution: int) -> np.ndarray:
+    """For evaluation: the short side resized, then the square of the center, uint8 [R, R, 3].
 
     Args:
       image: encoded, or an array.
@@ -289,11 +289,11 @@ def resize_centre_crop(image: bytes | np.ndarray, short_side: int, resolution: i
     pixels = decode(image)
     short = min(pixels.shape[:2])
     # Only the middle of a long strip matters, and scaled up as a whole it might not fit in memory.
-    pixels = _centre(pixels, min(pixels.shape[0], 4 * short), min(pixels.shape[1], 4 * short))
+    pixels = _center(pixels, min(pixels.shape[0], 4 * short), min(pixels.shape[1], 4 * short))
     height, width = (side * short_side // short for side in pixels.shape[:2])
-    return _centre(resize(pixels, height, width), resolution, resolution)
+    return _center(resize(pixels, height, width), resolution, resolution)
 
 
-def _centre(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _center(image: np.ndarray, height: int, width: int) -> np.ndarray:
     top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
     return image[top : top + height, left : left + width]

@@ -6,7 +6,7 @@ import grain
 import numpy as np
 
 from declip_jax.data.sources.base import Source
-from declip_jax.data.sources.derived import Mixture
+from declip_jax.data.sources.mixture import Mixture
 
 
 class Order:

@@ -22,10 +22,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from declip_jax.data.image import random_resized_crop, resize_centre_crop
-from declip_jax.data.monitor import BadRecords, Busy, InHand, Report
+from declip_jax.data.image import random_resized_crop, resize_center_crop
 from declip_jax.data.order import Order
 from declip_jax.data.records import BadRecord
+from declip_jax.data.reports import BadRecords, Busy, InHand, Report
 from declip_jax.data.sources import Mixture, Source
 from declip_jax.data.text import augment, check_eda, load_synonyms, mask_tokens
 from declip_jax.data.tokenizer import EOT, tokenize
@@ -373,7 +373,7 @@ def eval_images(
     Args:
       source: where the records come from.
       resolution: R, pixels.
-      resize: the short side before the centre crop, pixels.
+      resize: the short side before the center crop, pixels.
       batch_size: B, records.
       most: at most so many records, spread evenly over the source; all of them if None.
 
@@ -396,7 +396,7 @@ def eval_images(
         def fill(row: int, index: int) -> dict[str, Any]:
             try:
                 record = source[index]
-                images[row] = resize_centre_crop(record["image"], resize, resolution)
+                images[row] = resize_center_crop(record["image"], resize, resolution)
             except ValueError as error:
                 raise ValueError(
                     f"{source.locate(index)} cannot be read: {error}. Evaluation needs every "

@@ -63,7 +63,7 @@ def features(
     return tfds.features.FeaturesDict(schema)
 
 
-def serialise(record: Record) -> bytes:
+def serialize(record: Record) -> bytes:
     """{"image": bytes, "captions": [str, ...], "key": str} -> bytes.
 
     Optional are "label": int and "synthetic": [str, ...]. The same record always gives the same
@@ -84,11 +84,11 @@ def serialise(record: Record) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def deserialise(serialised: bytes) -> Record:
-    """The inverse of `serialise`; the image stays encoded."""
+def deserialize(serialized: bytes) -> Record:
+    """The inverse of `serialize`; the image stays encoded."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    feature = tf_example_pb2.Example.FromString(serialised).features.feature
+    feature = tf_example_pb2.Example.FromString(serialized).features.feature
     record = {
         "image": feature["image"].bytes_list.value[0],
         "captions": [text.decode() for text in feature["captions"].bytes_list.value],

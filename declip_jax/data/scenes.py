@@ -1,21 +1,21 @@
 """The built-in data set: drawn scenes of one to three objects with captions, nothing to download.
 
 A scene is a function of (split, index) alone: an index gives the same image and captions in every
-run and process, so an endless training set needs no disk. An object has a shape, a colour, a
+run and process, so an endless training set needs no disk. An object has a shape, a color, a
 texture and a size; a fifth of these 640 combinations is held out from training.
 
     train      one to three objects, most often one, of the training combinations; of an image's
-               captions the first two name colours and shapes alone, the last tells everything
+               captions the first two name colors and shapes alone, the last tells everything
     test       for retrieval: one to three objects of the held-out combinations; captions name
                every attribute, and where things are
-    zeroshot   one object of the held-out combinations, labelled with its colour and shape: 80
+    zeroshot   one object of the held-out combinations, labeled with its color and shape: 80
                classes such as "red star", ten images each
 
 Training shows every class in at least six of its eight textures and sizes: evaluation asks for new
 combinations of known words, never for new words.
 
-Captions speak of colours, left and right: flips and strong colour jitter or crops make them untrue.
-The synthetic caption is what a cautious model would write: all colours and shapes, nothing else.
+Captions speak of colors, left and right: flips and strong color jitter or crops make them untrue.
+The synthetic caption is what a cautious model would write: all colors and shapes, nothing else.
 """
 
 import functools
@@ -31,7 +31,7 @@ import numpy as np
 from declip_jax.data.sources.base import Source
 
 SHAPES = "circle square triangle star heart ring crescent cross arrow diamond".split()
-COLOURS = {
+COLORS = {
     "red": (215, 30, 35),
     "orange": (250, 130, 10),
     "yellow": (245, 215, 25),
@@ -72,19 +72,19 @@ SYNONYMS = {
     "left of": "to the left of",
     "right of": "to the right of",
 }
-CLASS_NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
+CLASS_NAMES = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)
 SPLITS = {"train": 10_000_000, "test": 256, "zeroshot": 10 * len(CLASS_NAMES)}
 
 # Where the middle of an object lies, by its row or column in PLACES: large ones lie further in, so
 # that the edge cuts off little of them.
-_CENTRES = {"small": (0.2, 0.5, 0.8), "large": (0.29, 0.5, 0.71)}
+_CENTERS = {"small": (0.2, 0.5, 0.8), "large": (0.29, 0.5, 0.71)}
 
 
 class Thing(NamedTuple):
-    """An object, by names from SHAPES, COLOURS, TEXTURES and SIZES."""
+    """An object, by names from SHAPES, COLORS, TEXTURES and SIZES."""
 
     shape: str
-    colour: str
+    color: str
     texture: str
     size: str
 
@@ -98,12 +98,12 @@ class Scene(NamedTuple):
 
 TRAINING: list[Thing] = []
 HELD_OUT: list[Thing] = []
-for (_s, _shape), (_c, _colour), (_t, _texture), (_z, _size) in itertools.product(
-    *map(enumerate, (SHAPES, COLOURS, TEXTURES, SIZES))
+for (_s, _shape), (_c, _color), (_t, _texture), (_z, _size) in itertools.product(
+    *map(enumerate, (SHAPES, COLORS, TEXTURES, SIZES))
 ):
     # Takes one or two of the eight combinations of each class, of all textures and sizes alike.
     _pool = HELD_OUT if (_s + _c + 2 * _t + 3 * _z) % 5 == 0 else TRAINING
-    _pool.append(Thing(_shape, _colour, _texture, _size))
+    _pool.append(Thing(_shape, _color, _texture, _size))
 
 
 def describe(split: str, index: int, rng: random.Random) -> Scene:
@@ -119,7 +119,7 @@ def describe(split: str, index: int, rng: random.Random) -> Scene:
         count, things = 1, [pool[turn % len(pool)]]
     while len(things) < count:
         thing = rng.choice(pool)
-        told_apart = all(thing[:2] != other[:2] for other in things)  # by shape and colour
+        told_apart = all(thing[:2] != other[:2] for other in things)  # by shape and color
         # There is no layout of three large ones.
         if told_apart and _layouts(tuple(other.size for other in (*things, thing))):
             things.append(thing)
@@ -136,8 +136,8 @@ def _layouts(sizes: tuple[str, ...]) -> list[tuple[tuple[int, int], ...]]:
     """
 
     def apart(a, b):
-        centres = [[_CENTRES[size][i] for i in place] for size, place in (a, b)]
-        return math.dist(*centres) > 0.9 * (SIZES[a[0]] + SIZES[b[0]])
+        centers = [[_CENTERS[size][i] for i in place] for size, place in (a, b)]
+        return math.dist(*centers) > 0.9 * (SIZES[a[0]] + SIZES[b[0]])
 
     cells = list(itertools.product(range(3), range(3)))
     return [
@@ -158,7 +158,7 @@ def caption(scene: Scene, detail: float, rng: random.Random) -> str:
     for thing, row, column in objects:
         words = [word(thing.size)] if rng.random() < detail else []
         words += [word(thing.texture)] if rng.random() < detail else []
-        words += [word(thing.colour), word(thing.shape)]
+        words += [word(thing.color), word(thing.shape)]
         phrases.append(_with_article(" ".join(words)))
         placed.append(f"{phrases[-1]} {word(PLACES[row][column])}")
 
@@ -178,9 +178,9 @@ def caption(scene: Scene, detail: float, rng: random.Random) -> str:
 
     opening = rng.choice(("", "there is ", "a picture of ", "an image of "))
     if len(objects) > 1 and rng.random() < 0.25:
-        shapes, colours = ({thing[i] for thing, _, _ in objects} for i in (0, 1))
+        shapes, colors = ({thing[i] for thing, _, _ in objects} for i in (0, 1))
         noun = shapes.pop() if len(shapes) == 1 else "shape"
-        noun = f"{colours.pop()} {noun}" if len(colours) == 1 else noun
+        noun = f"{colors.pop()} {noun}" if len(colors) == 1 else noun
         opening = f"{('two', 'three')[len(objects) - 2]} {noun}{'es' if noun[-1] == 's' else 's'}: "
     if rng.random() < 0.3:
         body += f", on a {scene.background} background"
@@ -196,7 +196,7 @@ def _listed(phrases: list[str]) -> str:
 
 
 def _class_name(thing: Thing) -> str:
-    return f"{thing.colour} {thing.shape}"
+    return f"{thing.color} {thing.shape}"
 
 
 def _polygons(*polygons) -> np.ndarray:
@@ -246,42 +246,42 @@ _PATTERNS = {
 
 
 def draw(scene: Scene, size: int, rng: random.Random) -> np.ndarray:
-    """uint8 [size, size, 3]; places, angles, sizes and colours vary a little."""
+    """uint8 [size, size, 3]; places, angles, sizes and colors vary a little."""
     # In planes, [3, size, size]: NumPy broadcasts over a last axis of three four times slower.
     image = np.empty((3, size, size), np.float32)
-    grey = [BACKGROUNDS[scene.background] + rng.uniform(-20, 20) for _ in range(4)]
+    gray = [BACKGROUNDS[scene.background] + rng.uniform(-20, 20) for _ in range(4)]
     for plane in image:  # a gradient between the tones of the four corners
-        corners = np.array([v + rng.uniform(-6, 6) for v in grey], np.float32).reshape(2, 2)
+        corners = np.array([v + rng.uniform(-6, 6) for v in gray], np.float32).reshape(2, 2)
         cv2.resize(corners, (size, size), dst=plane, interpolation=cv2.INTER_LINEAR)
 
     for thing, row, column in scene.objects:
-        x, y = (size * (_CENTRES[thing.size][i] + rng.uniform(-0.02, 0.02)) for i in (column, row))
+        x, y = (size * (_CENTERS[thing.size][i] + rng.uniform(-0.02, 0.02)) for i in (column, row))
         radius = size * SIZES[thing.size] * rng.uniform(0.95, 1.05)
         light = rng.uniform(0.88, 1.0)
-        colour = [light * v + rng.uniform(-10, 10) for v in COLOURS[thing.colour]]
-        colour = np.array(colour, np.float32).reshape(3, 1, 1)
+        color = [light * v + rng.uniform(-10, 10) for v in COLORS[thing.color]]
+        color = np.array(color, np.float32).reshape(3, 1, 1)
         # All happens in a square window around the object.
         side = min(size, math.ceil(2.4 * radius) + 2)
         left, top = (min(max(round(v - side / 2), 0), size - side) for v in (x, y))
         window = image[:, top : top + side, left : left + side]
-        centre = (x - left, y - top)
-        outline = _fill(_OUTLINES[thing.shape], centre, radius, rng.uniform(-15, 15), side)
-        window += _coverage(outline, side) * (colour - window)
+        center = (x - left, y - top)
+        outline = _fill(_OUTLINES[thing.shape], center, radius, rng.uniform(-15, 15), side)
+        window += _coverage(outline, side) * (color - window)
         if thing.texture in _PATTERNS:
-            pattern = _fill(_PATTERNS[thing.texture], centre, radius, rng.uniform(0, 180), side)
+            pattern = _fill(_PATTERNS[thing.texture], center, radius, rng.uniform(0, 180), side)
             # Tone on tone: the outline stays the strongest edge.
-            window += _coverage(cv2.bitwise_and(pattern, outline), side) * (-0.45 * colour)
+            window += _coverage(cv2.bitwise_and(pattern, outline), side) * (-0.45 * color)
 
     noise = np.frombuffer(rng.randbytes(size * size), np.uint8).reshape(size, size)
     image += noise * np.float32(12 / 255) - 6
     return cv2.merge(image.clip(0, 255).astype(np.uint8))
 
 
-def _fill(polygons: np.ndarray, centre, radius: float, degrees: float, side: int) -> np.ndarray:
-    """Mask uint8 [4 side, 4 side] of polygons turned, scaled and moved to `centre`, in pixels."""
+def _fill(polygons: np.ndarray, center, radius: float, degrees: float, side: int) -> np.ndarray:
+    """Mask uint8 [4 side, 4 side] of polygons turned, scaled and moved to `center`, in pixels."""
     sin, cos = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
     turn = np.array(((cos, sin), (-sin, cos)), np.float32) * radius * 4
-    corners = polygons @ turn + (np.array(centre, np.float32) * 4 - 0.5)
+    corners = polygons @ turn + (np.array(center, np.float32) * 4 - 0.5)
     mask = np.zeros((4 * side, 4 * side), np.uint8)
     # cv2 takes corners as integers; shift=4 makes them sixteenths.
     return cv2.fillPoly(mask, (corners * 16).astype(np.int32), 255, shift=4)
@@ -331,7 +331,7 @@ class Scenes(Source):
         # Made in half the time of a NumPy generator, and its draws of single numbers are fast.
         rng = random.Random(f"{self.split} {index}")
         scene = describe(self.split, index, rng)
-        # Terse captions teach colours and shapes, detailed ones the rest.
+        # Terse captions teach colors and shapes, detailed ones the rest.
         details = (0.0, 0.0, 0.3, 0.6, 1.0) if self.split == "train" else (1.0,) * 5
         captions: list[str] = []
         for detail in details:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from declip_jax.data.raw import InputError
+from declip_jax.data.input_files import InputError
 from declip_jax.data.tokenizer import EOT, MASK, SOT, clean
 
 EDA = ("synonym", "swap", "delete")
@@ -33,7 +33,7 @@ STOP_WORDS = frozenset(
 def mask_tokens(
     tokens: np.ndarray, rate: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hides tokens of a caption for masked language modelling (Devlin et al., arXiv:1810.04805).
+    """Hides tokens of a caption for masked language modeling (Devlin et al., arXiv:1810.04805).
 
     Each token between SOT and EOT is chosen with probability `rate`. Of the chosen ones 80 % become
     MASK, 10 % a random ordinary id, and 10 % stay.
@@ -71,7 +71,7 @@ def augment(
     word to replace, or of a single word, may come through as it is.
 
     Args:
-      caption: a text, which is cleaned as for the tokeniser.
+      caption: a text, which is cleaned as for the tokenizer.
       operations: some of EDA.
       synonyms: see `load_synonyms`; only for "synonym".
       rng: source of all randomness.
@@ -136,7 +136,7 @@ def read_wordnet(folder: str) -> dict[str, list[str]]:
     """{word: its synonyms}, both sorted, from WordNet's data files; their format is wndb(5WN).
 
     Words share a set of synonyms in any of their meanings. Only single words in lower case are
-    taken: names are capitalised in WordNet, and would make Taiwan a synonym of china.
+    taken: names are capitalized in WordNet, and would make Taiwan a synonym of china.
 
     Raises:
       InputError: a file is not there or is something else.
@@ -152,7 +152,7 @@ def read_wordnet(folder: str) -> dict[str, list[str]]:
                 "and data.adv, as in Debian's package wordnet-base"
             ) from None
         for number, line in enumerate(lines, start=1):
-            if line.startswith("  "):  # the licence
+            if line.startswith("  "):  # the license
                 continue
             try:
                 # offset, lexicographer file, type, number of words (hexadecimal), then each word

@@ -61,7 +61,7 @@ def tokenize(texts: Sequence[str], context: int) -> np.ndarray:
 def clean(text: str) -> str:
     """Mends encoding errors and HTML entities, joins white space, lowers case, drops markers."""
     text = text[:MAX_CHARACTERS]
-    # The general way costs three times the tokenising and leaves printable ASCII without entities
+    # The general way costs three times the tokenizing and leaves printable ASCII without entities
     # as it is.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))

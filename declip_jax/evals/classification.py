@@ -68,5 +68,5 @@ def _check_labels(labels: np.ndarray, classes: int, where: str = "") -> None:
     if outside.size:
         raise ValueError(
             f"{where}label {outside[0]} is outside [0, {classes}): the classes and the labels come "
-            "from different sets, or this split is not labelled"
+            "from different sets, or this split is not labeled"
         )

@@ -1,4 +1,4 @@
-"""Classification by the nearest neighbours of an image among training images.
+"""Classification by the nearest neighbors of an image among training images.
 
 Wu et al. 2018, https://arxiv.org/abs/1805.01978, section 3.4, with the k = 20 of Caron et al. 2021
 (DINO), https://arxiv.org/abs/2104.14294.
@@ -17,7 +17,7 @@ def knn(
     test: np.ndarray,
     test_labels: np.ndarray,
     classes: int,
-    neighbours: int = 20,
+    neighbors: int = 20,
     temperature: float = 0.07,
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
@@ -25,13 +25,13 @@ def knn(
 
     The training images with the highest cosines (of equal ones, the first) vote for their classes
     with the weight exp(cosine / temperature). Classes without votes are all equally bad, so top5
-    counts the first of them if neighbours are of fewer than five classes.
+    counts the first of them if neighbors are of fewer than five classes.
 
     Args:
       train, test: float32 [N, D], unit rows.
       train_labels, test_labels: int [N].
       classes: C; labels lie in [0, C).
-      neighbours: that vote, or all training images if there are fewer.
+      neighbors: that vote, or all training images if there are fewer.
       temperature: of the weights.
       mesh: the test images are divided over its devices; None for one device.
 
@@ -40,7 +40,7 @@ def knn(
 
     Raises:
       ValueError: an empty split, shapes that do not fit, a label outside [0, C), features that are
-      not finite, neighbours below 1 or a temperature that is not above 0.
+      not finite, neighbors below 1 or a temperature that is not above 0.
     """
     check_features("train", train, train_labels, classes)
     check_features("test", test, test_labels, classes)
@@ -48,11 +48,11 @@ def knn(
         raise ValueError(
             f"train and test features have different widths: {train.shape[1]} and {test.shape[1]}"
         )
-    if neighbours < 1:
-        raise ValueError(f"neighbours={neighbours}: expected at least one")
+    if neighbors < 1:
+        raise ValueError(f"neighbors={neighbors}: expected at least one")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected a number above 0")
-    nearest = top_matches(test, train, neighbours, mesh=mesh)  # [N, k]
+    nearest = top_matches(test, train, neighbors, mesh=mesh)  # [N, k]
 
     def voted(block=1024):
         for start in range(0, len(test), block):

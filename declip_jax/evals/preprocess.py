@@ -7,7 +7,7 @@ CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Preprocess(NamedTuple):
-    """Resize the short side, crop the square of the centre, normalise.
+    """Resize the short side, crop the square of the center, normalize.
 
     Attributes:
       short_side, resolution: pixels, before and after the crop.

@@ -1,13 +1,13 @@
 """Linear probes: multinomial logistic regression on frozen features, with many or few examples.
 
 The protocol is that of Radford et al. 2021, https://arxiv.org/abs/2103.00020, appendix A.3: L-BFGS
-with at most 1,000 iterations, its regularisation λ chosen on a validation split.
+with at most 1,000 iterations, its regularization λ chosen on a validation split.
 
 The objective is that of scikit-learn's LogisticRegression with C = 1/λ,
 
   Σᵢ cross_entropy(features[i] · weight + bias, labels[i]) + λ/2 ‖weight‖²
 
-(the bias is free), divided by the number of examples. It is minimised on the devices in float32.
+(the bias is free), divided by the number of examples. It is minimized on the devices in float32.
 
 Features lie there whole, N · D · 4 bytes divided over the devices of the mesh: 2.6 GB for the 1.3
 million rows of 512 of ImageNet. Logits are made and dropped in blocks of `BLOCK` rows a device.
@@ -164,7 +164,7 @@ def fit(
     strength: jax.Array,
     start: Classifier,
 ) -> Classifier:
-    """Minimises the objective of this module, which is convex, by L-BFGS.
+    """Minimizes the objective of this module, which is convex, by L-BFGS.
 
     Args:
       features: float32 [n, b, D], n blocks of examples; they are computed with one at a time.
@@ -216,7 +216,7 @@ def _sweep(features, labels, weights, validation, validation_labels, start):
     """The λ of `GRID`, and its classifier, with the highest top-1 accuracy on validation examples.
 
     Every sixteenth λ of the grid is tried, from the largest on; then, four times, those in the
-    middle between the best so far and its neighbours. Each fit begins at the one before, or at the
+    middle between the best so far and its neighbors. Each fit begins at the one before, or at the
     best so far. Of equally good λ the nearest to 1 is taken: the very large ones leave little but
     the bias, which may choose well among classes of one size and not at all among others.
     """
@@ -235,10 +235,10 @@ def _sweep(features, labels, weights, validation, validation_labels, start):
         coarse.append(attempt(index, coarse[-1][1] if coarse else start))
     best = max(coarse, key=score)
     for step in (8, 4, 2, 1):
-        (*_, centre), classifier = best
+        (*_, center), classifier = best
         tried = [
             attempt(index, classifier)
-            for index in (centre - step, centre + step)
+            for index in (center - step, center + step)
             if 0 <= index < len(GRID)
         ]
         best = max(best, *tried, key=score)
@@ -283,13 +283,13 @@ class _Placement:
 
     def __init__(self, train: np.ndarray, mesh: Mesh | None):
         mesh = mesh or Mesh(jax.local_devices()[:1], ("data",))
-        self._centre = train.mean(axis=0)
+        self._center = train.mean(axis=0)
         self._divided = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
 
     def features(self, features: np.ndarray) -> jax.Array:
         """[N, D] -> [n, b, D]."""
-        return self.rows((features - self._centre).astype(np.float32, copy=False))
+        return self.rows((features - self._center).astype(np.float32, copy=False))
 
     def rows(self, rows: np.ndarray) -> jax.Array:
         """[N, …] -> [n, b, …], zeros in the end; n and b follow from N."""
@@ -303,7 +303,7 @@ class _Placement:
         return jax.make_array_from_callback(padded.shape, self._divided, lambda at: padded[at])
 
     def zeros(self, classes: int) -> Classifier:
-        width = len(self._centre)
+        width = len(self._center)
         zeros = Classifier(np.zeros((width, classes), np.float32), np.zeros(classes, np.float32))
         return jax.device_put(zeros, self._everywhere)
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from declip_jax.data.input_files import read_class_names
 from declip_jax.data.pipeline import eval_images
-from declip_jax.data.raw import read_class_names
 from declip_jax.data.sources import Source, open_source
 from declip_jax.data.tokenizer import tokenize
 from declip_jax.evals import sets, suites
@@ -157,7 +157,7 @@ class Zeroshot(Task):
     Args:
       split: to score.
       templates: prompts; (): the set's, or else `config.eval.zeroshot.templates`.
-      classes: file of other names for the classes; see `data.raw.read_class_names`.
+      classes: file of other names for the classes; see `data.input_files.read_class_names`.
     """
 
     task = "zeroshot"
@@ -288,7 +288,7 @@ class _Probe(Task):
             if self._opened[first] == self._opened[second]:
                 raise ValueError(
                     f"the splits {one!r} and {other!r} of {self.set!r} are the same images: what "
-                    "was learnt by heart would be asked for."
+                    "was learned by heart would be asked for."
                 )
             if first.class_names != second.class_names:
                 raise ValueError(
@@ -355,16 +355,14 @@ class KNN(_Probe):
     """The nearest images of the training split, those for validation too, vote.
 
     Args:
-      neighbours, temperature: see `knn.knn`.
+      neighbors, temperature: see `knn.knn`.
     """
 
     task = "knn"
 
-    def __init__(
-        self, shared: Shared, *, neighbours: int = 20, temperature: float = 0.07, **splits
-    ):
+    def __init__(self, shared: Shared, *, neighbors: int = 20, temperature: float = 0.07, **splits):
         super().__init__(shared, **splits)
-        self._voting = dict(neighbours=neighbours, temperature=temperature)
+        self._voting = dict(neighbors=neighbors, temperature=temperature)
         self.settings |= self._voting
 
     def __call__(self, encoder, cache: Cache) -> Result:

@@ -20,7 +20,7 @@ def class_embeddings(
     repeated_names: bool = False,
     block: int = 16384,
 ) -> np.ndarray:
-    """One unit vector a class: the mean over its prompts' unit features, normalised again.
+    """One unit vector a class: the mean over its prompts' unit features, normalized again.
 
     Args:
       encode_text: int32 [B, L] -> float32 [B, D], unit rows.

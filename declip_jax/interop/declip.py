@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from declip_jax.interop.parts import IMAGE, batch_norm, blocks, linear, norm
+from declip_jax.interop.layers import IMAGE, batch_norm, blocks, linear, norm
 from declip_jax.interop.tables import LINEAR, SAME, SCALAR, Entry, Layout, Transform
 
 

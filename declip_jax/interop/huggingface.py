@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from declip_jax.interop.parts import linear, norm
+from declip_jax.interop.layers import linear, norm
 from declip_jax.interop.tables import CONV, LINEAR, SAME, Entry, Layout
 
 
@@ -94,7 +94,7 @@ def to_config(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_preprocessor_config(preprocess: Mapping[str, Any]) -> dict[str, Any]:
-    """preprocessor_config.json: resize the short side, crop the square of the centre, normalise."""
+    """preprocessor_config.json: resize the short side, crop the square of the center, normalize."""
     size = preprocess["resolution"]
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -169,7 +169,7 @@ def preprocessing(
     size, notes = config.get("size", resolution), []
     if isinstance(size, Mapping) and "shortest_edge" not in size:
         notes.append(
-            f"size={dict(size)}: here the short side is resized, then the centre is cropped"
+            f"size={dict(size)}: here the short side is resized, then the center is cropped"
         )
         size = resolution
     side = int(size["shortest_edge"] if isinstance(size, Mapping) else size)

@@ -1,7 +1,7 @@
 """OpenAI's CLIP layout, which ALIP shares, and open_clip too unless the projection of texts has a
 bias (then it is a linear layer there, otherwise a bare matrix)."""
 
-from declip_jax.interop.parts import IMAGE, blocks, linear, norm
+from declip_jax.interop.layers import IMAGE, blocks, linear, norm
 from declip_jax.interop.tables import SAME, Entry, Layout, Transform
 
 # Sizes that OpenAI's archives hold as arrays. They tell these from the others' files.

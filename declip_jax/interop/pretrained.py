@@ -31,7 +31,7 @@ class Pretrained(NamedTuple):
       model: sizes and activation, the fields of a config's `model` section.
       unknown: those of them that the file does not tell, as "image.heads": `model` has what is
         usual, for the activation None.
-      mean, std: of the channels, that images are normalised with; None if the file does not tell.
+      mean, std: of the channels, that images are normalized with; None if the file does not tell.
       short_side: pixels that images are resized to before the crop; likewise.
       notes: what the file tells and we do otherwise, in lines.
     """

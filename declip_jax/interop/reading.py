@@ -180,7 +180,7 @@ def _read_torch(file: Path, read) -> dict[str, np.ndarray]:
         raise ValueError(f"{file} is no state dict: {others} are not tensors.")
     try:
         return {name: _to_numpy(torch, tensor) for name, tensor in tensors.items()}
-    except (RuntimeError, TypeError) as error:  # sparse ones, quantised ones
+    except (RuntimeError, TypeError) as error:  # sparse ones, quantized ones
         reason = str(error).split("\n")[0]
         raise ValueError(f"{file} holds tensors that numpy does not know: {reason}.") from error
 

@@ -39,11 +39,11 @@ class NotInstalled(Exception):
 def embeddings(
     model: Pretrained, pixels: np.ndarray, tokens: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows [N, D] and [M, D] by our towers, in float32, not normalised.
+    """Rows [N, D] and [M, D] by our towers, in float32, not normalized.
 
     Args:
       model: with a known activation.
-      pixels: float32 [N, H, W, 3], normalised.
+      pixels: float32 [N, H, W, 3], normalized.
       tokens: int32 [M, L].
     """
     towers, variables = two_towers(config_of(model.model)), towers_of(model.variables)

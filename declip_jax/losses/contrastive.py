@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-def normalise(features: jax.Array) -> jax.Array:
+def normalize(features: jax.Array) -> jax.Array:
     """Scales each row of `features` [..., D] to unit length."""
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
@@ -45,12 +45,12 @@ def info_nce(
     return tuple(jax.nn.logsumexp(logits, axis=axis) - positive for axis in (1, 0))
 
 
-def own_rank(queries: jax.Array, keys: jax.Array) -> jax.Array:
+def positive_rank(queries: jax.Array, keys: jax.Array) -> jax.Array:
     """How many keys are nearer to a query than its own: [N, D], [N, D] unit rows -> int32 [N]."""
-    return rank_of_own(similarity(queries, keys, jnp.ones(())))
+    return positive_rank_of(similarity(queries, keys, jnp.ones(())))
 
 
-def rank_of_own(logits: jax.Array) -> jax.Array:
+def positive_rank_of(logits: jax.Array) -> jax.Array:
     """How many columns exceed the diagonal in each row: [N, N] -> int32 [N].
 
     Of equal ones those with the lower index count as larger, and so does what is not a number:
@@ -88,19 +88,19 @@ def clip_loss(
     return (weights * (image_to_text + text_to_image) / 2).mean()
 
 
-def nearest_neighbour_loss(
-    image: jax.Array, neighbours: jax.Array, scale: jax.Array, info_nce: Callable = info_nce
+def nearest_neighbor_loss(
+    image: jax.Array, neighbors: jax.Array, scale: jax.Array, info_nce: Callable = info_nce
 ) -> jax.Array:
-    """InfoNCE of images against the support-set neighbours of their captions.
+    """InfoNCE of images against the support-set neighbors of their captions.
 
     Li et al., Supervision Exists Everywhere (DeCLIP), 2022, https://arxiv.org/abs/2110.05208.
 
     Args:
       image: [B, D] unit rows.
-      neighbours: [B, k, D] unit rows.
+      neighbors: [B, k, D] unit rows.
 
     Returns:
-      The mean over images and neighbours, a scalar.
+      The mean over images and neighbors, a scalar.
     """
-    losses = [info_nce(image, neighbours[:, n], scale)[0] for n in range(neighbours.shape[1])]
+    losses = [info_nce(image, neighbors[:, n], scale)[0] for n in range(neighbors.shape[1])]
     return sum(losses).mean() / len(losses)

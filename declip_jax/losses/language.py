@@ -1,4 +1,4 @@
-"""Masked language modelling: Devlin et al., BERT, 2019, https://arxiv.org/abs/1810.04805."""
+"""Masked language modeling: Devlin et al., BERT, 2019, https://arxiv.org/abs/1810.04805."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ class Masked(NamedTuple):
 
     words: jax.Array  # [G, K, width]
     labels: jax.Array  # int32 [G, K], -1 in a place that is empty
-    overflow: jax.Array  # int32 scalar: masked positions that found no place
+    dropped: jax.Array  # int32 scalar: masked positions that found no place
 
 
 GROUP = 64  # examples that share their places: many, so that their number varies little
@@ -39,8 +39,8 @@ def take_masked(words: jax.Array, labels: jax.Array, share: float) -> Masked:
     labels = labels.reshape(-1, positions)  # [B, L] -> [G, group * L]
     chosen = jnp.argsort(labels < 0, axis=1, stable=True)[:, :places]  # [G, K], masked ones first
     kept = jnp.take_along_axis(labels, chosen, axis=1)
-    overflow = (labels >= 0).sum() - (kept >= 0).sum()
-    return Masked(jnp.take_along_axis(words, chosen[..., None], axis=1), kept, overflow)
+    dropped = (labels >= 0).sum() - (kept >= 0).sum()
+    return Masked(jnp.take_along_axis(words, chosen[..., None], axis=1), kept, dropped)
 
 
 class MaskedLoss(NamedTuple):
@@ -48,7 +48,7 @@ class MaskedLoss(NamedTuple):
 
     loss: jax.Array  # cross-entropies
     words: jax.Array  # positions they are of
-    overflow: jax.Array  # masked positions that found no place
+    dropped: jax.Array  # masked positions that found no place
 
     def mean(self) -> jax.Array:
         """The mean over masked positions; 0 when there is none."""
@@ -70,5 +70,5 @@ def masked_lm(
     logits = head(masked.words).astype(jnp.float32)  # [G, K, vocabulary]
     there = masked.labels >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(masked.labels, 0))
-    sums = jnp.where(there, losses, 0.0).sum(), there.sum(), masked.overflow
+    sums = jnp.where(there, losses, 0.0).sum(), there.sum(), masked.dropped
     return MaskedLoss(*(x.astype(jnp.float32)[None] for x in sums))

@@ -112,8 +112,8 @@ def _backward(excluded, mesh, block, saved, cotangents):
 _info_nce.defvjp(_forward, _backward)
 
 
-def own_rank(queries: jax.Array, keys: jax.Array, *, mesh: Mesh, block: int) -> jax.Array:
-    """`contrastive.own_rank`, holding [N / devices, block] similarities; it has no gradient.
+def positive_rank(queries: jax.Array, keys: jax.Array, *, mesh: Mesh, block: int) -> jax.Array:
+    """`contrastive.positive_rank`, holding [N / devices, block] similarities; it has no gradient.
 
     Args:
       queries: float32 [N, D] unit rows, sharded over all axes of the mesh.

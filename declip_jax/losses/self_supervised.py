@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from declip_jax.losses import contrastive
-from declip_jax.losses.contrastive import normalise
+from declip_jax.losses.contrastive import normalize
 
 
 def nt_xent(
@@ -23,7 +23,7 @@ def nt_xent(
     Returns:
       The mean over the 2 * B views, a scalar.
     """
-    z1, z2 = normalise(z1), normalise(z2)
+    z1, z2 = normalize(z1), normalize(z2)
     queries = jnp.concatenate([z1, z2])  # [2B, D]
     keys = jnp.concatenate([z2, z1])  # the positive of row i is row i; row i + B is itself
     losses, _ = info_nce(queries, keys, jnp.float32(1 / temperature), excluded=len(z1))
@@ -45,6 +45,6 @@ def simsiam(p1: jax.Array, p2: jax.Array, z1: jax.Array, z2: jax.Array) -> jax.A
     """
 
     def cosine(p, z):
-        return (normalise(p) * jax.lax.stop_gradient(normalise(z))).sum(axis=-1)
+        return (normalize(p) * jax.lax.stop_gradient(normalize(z))).sum(axis=-1)
 
     return -(cosine(p1, z2) + cosine(p2, z1)).mean() / 2

@@ -2,7 +2,7 @@
 https://arxiv.org/abs/2308.08428."""
 
 from declip_jax.losses import adaptive
-from declip_jax.losses.contrastive import clip_loss, normalise
+from declip_jax.losses.contrastive import clip_loss, normalize
 from declip_jax.methods import base
 from declip_jax.methods.base import Aux, Method, Views
 from declip_jax.models.two_towers import TwoTowers, two_towers
@@ -13,8 +13,8 @@ class Network(TwoTowers):
         image = self.encode_image(batch["image"], train)
         text = self.encode_text(batch["tokens"])
         return {
-            "image": normalise(image.embedding[:, 0]),  # [B, D]
-            "text": normalise(text.embedding),  # [B, 2, D]: raw, synthetic
+            "image": normalize(image.embedding[:, 0]),  # [B, D]
+            "text": normalize(text.embedding),  # [B, 2, D]: raw, synthetic
         }
 
 
@@ -34,16 +34,16 @@ def build(config, mesh) -> Method:
     functions = base.network_functions(network, config, views)
 
     def init(rng):
-        params, extra = functions["init"](rng)
-        return params, {**extra, "running_means": adaptive.initial_means()}
+        params, model_state = functions["init"](rng)
+        return params, {**model_state, "running_means": adaptive.initial_means()}
 
-    def loss(params, extra, batch, rng):
+    def loss(params, model_state, batch, rng):
         del rng
-        features, extra = encode(params, extra, batch)
+        features, model_state = encode(params, model_state, batch)
         image, raw, synthetic = features["image"], features["text"][:, 0], features["text"][:, 1]
         scale = base.exp_scale(params["logit_scale"], config.loss.max_scale)
         gates, means = adaptive.gates(
-            image, raw, synthetic, extra["running_means"], momentum, gamma
+            image, raw, synthetic, model_state["running_means"], momentum, gamma
         )
 
         terms = {
@@ -61,13 +61,13 @@ def build(config, mesh) -> Method:
             "sample_weight": gates.sample.mean(),
             "raw_weight": gates.raw.mean(),
             "synthetic_weight": gates.synthetic.mean(),
-            **base.accuracy(contrast.own_rank(image, raw)),
+            **base.accuracy(contrast.positive_rank(image, raw)),
         }
-        return total, Aux(metrics, {**extra, "running_means": means})
+        return total, Aux(metrics, {**model_state, "running_means": means})
 
     return Method(
         views=views,
         loss=loss,
-        project=lambda params: base.clamp_logit_scale(params, limits),
+        constrain=lambda params: base.clamp_logit_scale(params, limits),
         **{**functions, "init": init},
     )

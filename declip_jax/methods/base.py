@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from declip_jax import support_set
 from declip_jax.losses import contrastive, ring
-from declip_jax.losses.contrastive import normalise
+from declip_jax.losses.contrastive import normalize
 from declip_jax.losses.late_interaction import late_interaction
 from declip_jax.models.text import real_tokens
 from declip_jax.models.two_towers import TwoTowers, two_towers
@@ -40,32 +40,32 @@ class Aux(NamedTuple):
     Attributes:
       metrics: scalars to log: "loss" and "top1", which the progress line shows, every term of the
         loss under its name, and whatever else tells how the method does.
-      extra: the new value of the state that is not parameters.
+      model_state: the new value of the state that is not parameters.
     """
 
     metrics: dict[str, jax.Array]
-    extra: PyTree
+    model_state: PyTree
 
 
 class Method(NamedTuple):
     """A training method as pure functions.
 
     B is the global batch, V image views, T text views, L tokens, D the embedding width.
-    `params` are what the optimiser updates. `extra` is all other state: BN statistics, a support
-    set, running means; it is checkpointed and sharded like the parameters.
+    `params` are what the optimizer updates. `model_state` is all other state: BN statistics, a
+    support set, running means; it is checkpointed and sharded like the parameters.
     """
 
     views: Views
-    # init(rng) -> (params, extra)
+    # init(rng) -> (params, model_state)
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
-    # loss(params, extra, batch, rng) -> (scalar, Aux); batch["image"] float [B, V, H, W, 3],
+    # loss(params, model_state, batch, rng) -> (scalar, Aux); batch["image"] float [B, V, H, W, 3],
     # batch["tokens"] int32 [B, T, L], with masked captions batch["mlm_labels"] int32 [B, L]
     loss: Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, Aux]]
-    # project(params) -> params: the constraint that holds after every update
-    project: Callable[[PyTree], PyTree]
-    # encode_image(params, extra, images [B, H, W, 3]) -> [B, D] unit rows, evaluation mode
+    # constrain(params) -> params: the constraint that holds after every update
+    constrain: Callable[[PyTree], PyTree]
+    # encode_image(params, model_state, images [B, H, W, 3]) -> [B, D] unit rows, evaluation mode
     encode_image: Callable[[PyTree, PyTree, jax.Array], jax.Array]
-    # encode_text(params, extra, tokens [B, L]) -> [B, D] unit rows
+    # encode_text(params, model_state, tokens [B, L]) -> [B, D] unit rows
     encode_text: Callable[[PyTree, PyTree, jax.Array], jax.Array]
 
 
@@ -80,7 +80,7 @@ class Contrast(NamedTuple):
     """How features are compared: `losses.contrastive`'s functions, or those of less memory."""
 
     info_nce: Callable
-    own_rank: Callable
+    positive_rank: Callable
 
 
 def contrast(config, mesh: Mesh) -> Contrast:
@@ -98,7 +98,8 @@ def contrast(config, mesh: Mesh) -> Contrast:
         return either
 
     return Contrast(
-        choose(contrastive.info_nce, ring.info_nce), choose(contrastive.own_rank, ring.own_rank)
+        choose(contrastive.info_nce, ring.info_nce),
+        choose(contrastive.positive_rank, ring.positive_rank),
     )
 
 
@@ -196,25 +197,23 @@ class SupportSet:
     def __init__(self, config, mesh: Mesh):
         options = config.loss.support_set
         enqueued = 2 * config.batch_size
-        support_set.check(
-            options.size, mesh.size, enqueued, options.neighbours, options.young_steps
-        )
+        support_set.check(options.size, mesh.size, enqueued, options.neighbors, options.young_steps)
         self._mesh, self._block = mesh, config.loss.block
         self._size, self._width = options.size, config.model.embed_dim
-        self._neighbours, self._young = options.neighbours, options.young_steps * enqueued
+        self._neighbors, self._young = options.neighbors, options.young_steps * enqueued
 
     def init(self, rng: jax.Array) -> support_set.State:
         return support_set.init(rng, self._size, self._width)
 
     def look_up(self, state, text: jax.Array, augmented: jax.Array):
-        """The neighbours of captions [B, D] and augmented captions [B, D] in the set as it is.
+        """The neighbors of captions [B, D] and augmented captions [B, D] in the set as it is.
 
         Returns:
           [B, k, D] twice, and metrics.
         """
         queries = jnp.stack([text, augmented], axis=1).reshape(-1, self._width)  # -> [2B, D]
         found = support_set.nearest(
-            state, queries, self._neighbours, mesh=self._mesh, block=self._block
+            state, queries, self._neighbors, mesh=self._mesh, block=self._block
         )
         # [2B, k, D] -> [B, 2, k, D]
         rows = found.rows.reshape(len(text), 2, *found.rows.shape[1:])
@@ -239,7 +238,7 @@ class SupportSet:
 
 def unit_tokens(tokens: jax.Array) -> jax.Array:
     """Tokens [..., E] scaled to unit length in float32, in their own dtype."""
-    return normalise(tokens.astype(jnp.float32)).astype(tokens.dtype)
+    return normalize(tokens.astype(jnp.float32)).astype(tokens.dtype)
 
 
 def masked_views(config) -> tuple[str, ...]:
@@ -250,18 +249,18 @@ def masked_views(config) -> tuple[str, ...]:
     return ("masked",) if config.loss.contrast_masked else ("caption", "masked")
 
 
-def _batch_stats(extra: PyTree) -> PyTree:
-    """The part of `extra` that is a network's."""
-    return {name: extra[name] for name in extra if name == "batch_stats"}
+def _batch_stats(model_state: PyTree) -> PyTree:
+    """The part of `model_state` that is a network's."""
+    return {name: model_state[name] for name in model_state if name == "batch_stats"}
 
 
 def make_encode(network: TwoTowers, microbatches: int) -> Callable[[PyTree, PyTree, Batch], tuple]:
-    """Returns encode(params, extra, batch) -> (features, extra), in training mode.
+    """Returns encode(params, model_state, batch) -> (features, model_state), in training mode.
 
     Features are what the network returns, arrays whose first axis is that of the batch or counts
     parts of it. With microbatches, parts of the batch go through one after the other and again in
     the backward pass, so that only one part's activations live; the loss still sees all features.
-    Batch normalisation then has the statistics of each part.
+    Batch normalization then has the statistics of each part.
     """
 
     def encode_part(params, stats, batch):
@@ -270,11 +269,11 @@ def make_encode(network: TwoTowers, microbatches: int) -> Callable[[PyTree, PyTr
         )
         return features, stats
 
-    def encode(params, extra, batch):
-        stats = _batch_stats(extra)
+    def encode(params, model_state, batch):
+        stats = _batch_stats(model_state)
         if microbatches == 1:
             features, stats = encode_part(params, stats, batch)
-            return features, {**extra, **stats}
+            return features, {**model_state, **stats}
 
         @functools.partial(jax.checkpoint, prevent_cse=False)  # nothing to merge with in a scan
         def body(stats, part):
@@ -289,7 +288,7 @@ def make_encode(network: TwoTowers, microbatches: int) -> Callable[[PyTree, PyTr
         stats, features = jax.lax.scan(body, stats, parts)
         # [m, B / m, ...] -> [B / m, m, ...] -> [B, ...]
         features = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), features)
-        return features, {**extra, **stats}
+        return features, {**model_state, **stats}
 
     return encode
 
@@ -307,15 +306,15 @@ def network_functions(network: TwoTowers, config, views: Views) -> dict[str, Cal
         variables = network.init(rng, batch, train=False)
         return variables.pop("params"), variables
 
-    def encode_image(params, extra, images):
-        variables = {"params": params, **_batch_stats(extra)}
+    def encode_image(params, model_state, images):
+        variables = {"params": params, **_batch_stats(model_state)}
         features = network.apply(variables, images[:, None], method=TwoTowers.encode_image)
-        return normalise(features.embedding[:, 0])
+        return normalize(features.embedding[:, 0])
 
-    def encode_text(params, extra, tokens):
-        variables = {"params": params, **_batch_stats(extra)}
+    def encode_text(params, model_state, tokens):
+        variables = {"params": params, **_batch_stats(model_state)}
         features = network.apply(variables, tokens[:, None], method=TwoTowers.encode_text)
-        return normalise(features.embedding[:, 0])
+        return normalize(features.embedding[:, 0])
 
     return {"init": init, "encode_image": encode_image, "encode_text": encode_text}
 

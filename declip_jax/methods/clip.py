@@ -1,6 +1,6 @@
 """CLIP: Radford et al., Learning Transferable Visual Models From Natural Language Supervision."""
 
-from declip_jax.losses.contrastive import clip_loss, normalise
+from declip_jax.losses.contrastive import clip_loss, normalize
 from declip_jax.methods import base
 from declip_jax.methods.base import Aux, Method, Views
 from declip_jax.models.two_towers import TwoTowers, two_towers
@@ -11,8 +11,8 @@ class Network(TwoTowers):
         image = self.encode_image(batch["image"], train)
         text = self.encode_text(batch["tokens"])
         return {
-            "image": normalise(image.embedding[:, 0]),  # [B, D]
-            "text": normalise(text.embedding[:, 0]),  # [B, D]
+            "image": normalize(image.embedding[:, 0]),  # [B, D]
+            "text": normalize(text.embedding[:, 0]),  # [B, D]
         }
 
 
@@ -25,21 +25,21 @@ def build(config, mesh) -> Method:
     limits = base.logit_scale_limits(config.loss.logit_scale_range)
     views = Views(image=("weak",), text=("caption",))
 
-    def loss(params, extra, batch, rng):
+    def loss(params, model_state, batch, rng):
         del rng  # nothing here is random
-        features, extra = encode(params, extra, batch)
+        features, model_state = encode(params, model_state, batch)
         image, text = features["image"], features["text"]
         scale = base.exp_scale(params["logit_scale"], config.loss.max_scale)
 
         terms = {"clip": clip_loss(image, text, scale, info_nce=contrast.info_nce)}
 
         total = base.weighted_sum(terms, weights)
-        accuracy = base.accuracy(contrast.own_rank(image, text))
-        return total, Aux({"loss": total, **terms, "logit_scale": scale, **accuracy}, extra)
+        accuracy = base.accuracy(contrast.positive_rank(image, text))
+        return total, Aux({"loss": total, **terms, "logit_scale": scale, **accuracy}, model_state)
 
     return Method(
         views=views,
         loss=loss,
-        project=lambda params: base.clamp_logit_scale(params, limits),
+        constrain=lambda params: base.clamp_logit_scale(params, limits),
         **base.network_functions(network, config, views),
     )

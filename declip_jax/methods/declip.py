@@ -4,7 +4,7 @@ Pre-training Paradigm, https://arxiv.org/abs/2110.05208."""
 import jax
 from flax import linen as nn
 
-from declip_jax.losses.contrastive import clip_loss, nearest_neighbour_loss, normalise
+from declip_jax.losses.contrastive import clip_loss, nearest_neighbor_loss, normalize
 from declip_jax.losses.language import masked_lm
 from declip_jax.losses.self_supervised import simsiam
 from declip_jax.methods import base
@@ -17,7 +17,7 @@ class Network(TwoTowers):
     projector: Mlp
     predictor: Mlp
     mlm_head: nn.Dense
-    mlm_places: float
+    mlm_capacity: float
 
     def __call__(self, batch, train):
         image = self.encode_image(batch["image"], train)  # [B, 2, ...], both strong
@@ -25,11 +25,11 @@ class Network(TwoTowers):
         projected = self.projector(image.embedding, train)
         words, labels = text.words[:, -2], batch["mlm_labels"]
         return {
-            "image": normalise(image.embedding),  # [B, 2, D]
-            "text": normalise(text.embedding),  # [B, T, D]
+            "image": normalize(image.embedding),  # [B, 2, D]
+            "text": normalize(text.embedding),  # [B, T, D]
             "projected": projected,  # [B, 2, C]
             "predicted": self.predictor(projected, train),  # [B, 2, C]
-            "masked": masked_lm(self.mlm_head, words, labels, self.mlm_places),
+            "masked": masked_lm(self.mlm_head, words, labels, self.mlm_capacity),
         }
 
 
@@ -42,10 +42,10 @@ def build(config, mesh) -> Method:
         projector=Mlp((heads.projector,) * 3, last_norm=True, dtype=dtype),
         predictor=Mlp((heads.predictor, heads.projector), last_norm=False, dtype=dtype),
         mlm_head=linear(towers.text.width, towers.text.vocab_size, dtype),
-        mlm_places=config.loss.mlm_places,
+        mlm_capacity=config.loss.mlm_capacity,
     )
     encode = base.make_encode(network, config.microbatches)
-    info_nce, own_rank = base.contrast(config, mesh)
+    info_nce, positive_rank = base.contrast(config, mesh)
     support_set = base.SupportSet(config, mesh)
     weights = base.check_weights(config.loss.weights, terms=("clip", "simsiam", "mlm", "nn_text"))
     limits = base.logit_scale_limits(config.loss.logit_scale_range)
@@ -53,25 +53,25 @@ def build(config, mesh) -> Method:
     functions = base.network_functions(network, config, views)
 
     def init(rng):
-        params, extra = functions["init"](rng)
+        params, model_state = functions["init"](rng)
         rows = support_set.init(jax.random.fold_in(rng, 1))
-        return params, {**extra, "support_set": rows}
+        return params, {**model_state, "support_set": rows}
 
-    def loss(params, extra, batch, rng):
+    def loss(params, model_state, batch, rng):
         del rng  # the pipeline draws what is masked and augmented
-        features, extra = encode(params, extra, batch)
+        features, model_state = encode(params, model_state, batch)
         v1, v2 = features["image"][:, 0], features["image"][:, 1]  # [B, D]
         t, a = features["text"][:, 0], features["text"][:, -1]  # captions, augmented captions
         p1, p2 = features["predicted"][:, 0], features["predicted"][:, 1]
         z1, z2 = features["projected"][:, 0], features["projected"][:, 1]
-        nn_t, nn_a, nn_metrics = support_set.look_up(extra["support_set"], t, a)
+        nn_t, nn_a, nn_metrics = support_set.look_up(model_state["support_set"], t, a)
         scale = base.exp_scale(params["logit_scale"], config.loss.max_scale)
 
         def pair(image, text):
             return clip_loss(image, text, scale, info_nce=info_nce)
 
-        def near(image, neighbours):
-            return nearest_neighbour_loss(image, neighbours, scale, info_nce)
+        def near(image, neighbors):
+            return nearest_neighbor_loss(image, neighbors, scale, info_nce)
 
         terms = {
             "clip": (pair(v1, t) + pair(v2, t) + pair(v1, a) + pair(v2, a)) / 4,
@@ -85,16 +85,16 @@ def build(config, mesh) -> Method:
             "loss": total,
             **terms,
             "logit_scale": scale,
-            "mlm_overflow": features["masked"].overflow.sum(),
+            "mlm_dropped": features["masked"].dropped.sum(),
             **nn_metrics,
-            **base.accuracy(own_rank(v1, t)),
+            **base.accuracy(positive_rank(v1, t)),
         }
-        rows = support_set.enqueue(extra["support_set"], t, a)
-        return total, Aux(metrics, {**extra, "support_set": rows})
+        rows = support_set.enqueue(model_state["support_set"], t, a)
+        return total, Aux(metrics, {**model_state, "support_set": rows})
 
     return Method(
         views=views,
         loss=loss,
-        project=lambda params: base.clamp_logit_scale(params, limits),
+        constrain=lambda params: base.clamp_logit_scale(params, limits),
         **{**functions, "init": init},
     )

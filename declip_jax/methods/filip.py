@@ -5,7 +5,7 @@ import math
 
 from flax import linen as nn
 
-from declip_jax.losses.contrastive import clip_loss, normalise, rank_of_own
+from declip_jax.losses.contrastive import clip_loss, normalize, positive_rank_of
 from declip_jax.losses.late_interaction import filip_loss
 from declip_jax.methods import base
 from declip_jax.methods.base import Aux, Method, Views
@@ -26,8 +26,8 @@ class Network(TwoTowers):
         image = self.encode_image(batch["image"], train)
         text = self.encode_text(batch["tokens"])
         return {
-            "image": normalise(image.embedding[:, 0]),  # [B, D]
-            "text": normalise(text.embedding[:, 0]),  # [B, D]
+            "image": normalize(image.embedding[:, 0]),  # [B, D]
+            "text": normalize(text.embedding[:, 0]),  # [B, D]
             "patches": base.unit_tokens(self.image_mapping(image.tokens[:, 0])),  # [B, P, E]
             "words": base.unit_tokens(self.text_mapping(text.words[:, 0])),  # [B, L, E]
         }
@@ -52,9 +52,9 @@ def build(config, mesh) -> Method:
         padded=not config.loss.late_interaction.mask_padding,
     )
 
-    def loss(params, extra, batch, rng):
+    def loss(params, model_state, batch, rng):
         del rng
-        features, extra = encode(params, extra, batch)
+        features, model_state = encode(params, model_state, batch)
         image, text = features["image"], features["text"]
         scale = base.exp_scale(params["logit_scale"], config.loss.max_scale)
         dense_scale = base.exp_scale(params["logit_scale_dense"], 0)
@@ -67,13 +67,13 @@ def build(config, mesh) -> Method:
 
         total = base.weighted_sum(terms, weights)
         # The similarities that are trained, whatever the weights.
-        accuracy = base.accuracy(rank_of_own(similarities[0]))
+        accuracy = base.accuracy(positive_rank_of(similarities[0]))
         metrics = {"loss": total, **terms, "logit_scale": scale, "logit_scale_dense": dense_scale}
-        return total, Aux({**metrics, **accuracy}, extra)
+        return total, Aux({**metrics, **accuracy}, model_state)
 
     return Method(
         views=views,
         loss=loss,
-        project=lambda params: base.clamp_logit_scale(params, limits),
+        constrain=lambda params: base.clamp_logit_scale(params, limits),
         **base.network_functions(network, config, views),
     )

@@ -1,7 +1,7 @@
 """SLIP: Mu et al., Self-supervision meets Language-Image Pre-training,
 https://arxiv.org/abs/2112.12750."""
 
-from declip_jax.losses.contrastive import clip_loss, normalise
+from declip_jax.losses.contrastive import clip_loss, normalize
 from declip_jax.losses.self_supervised import nt_xent
 from declip_jax.methods import base
 from declip_jax.methods.base import Aux, Method, Views
@@ -16,8 +16,8 @@ class Network(TwoTowers):
         image = self.encode_image(batch["image"], train)
         text = self.encode_text(batch["tokens"])
         return {
-            "image": normalise(image.embedding[:, 0]),  # [B, D], of the weak view
-            "text": normalise(text.embedding[:, 0]),  # [B, D]
+            "image": normalize(image.embedding[:, 0]),  # [B, D], of the weak view
+            "text": normalize(text.embedding[:, 0]),  # [B, D]
             "simclr": self.simclr(image.pooled[:, 1:], train),  # [B, 2, C], of the strong views
         }
 
@@ -37,9 +37,9 @@ def build(config, mesh) -> Method:
         raise ValueError(f"config.loss.temperature={temperature} must be above 0.")
     views = Views(image=("weak", "strong", "strong"), text=("caption",))
 
-    def loss(params, extra, batch, rng):
+    def loss(params, model_state, batch, rng):
         del rng
-        features, extra = encode(params, extra, batch)
+        features, model_state = encode(params, model_state, batch)
         image, text = features["image"], features["text"]
         h1, h2 = features["simclr"][:, 0], features["simclr"][:, 1]
         scale = base.exp_scale(params["logit_scale"], config.loss.max_scale)
@@ -50,12 +50,12 @@ def build(config, mesh) -> Method:
         }
 
         total = base.weighted_sum(terms, weights)
-        accuracy = base.accuracy(contrast.own_rank(image, text))
-        return total, Aux({"loss": total, **terms, "logit_scale": scale, **accuracy}, extra)
+        accuracy = base.accuracy(contrast.positive_rank(image, text))
+        return total, Aux({"loss": total, **terms, "logit_scale": scale, **accuracy}, model_state)
 
     return Method(
         views=views,
         loss=loss,
-        project=lambda params: base.clamp_logit_scale(params, limits),
+        constrain=lambda params: base.clamp_logit_scale(params, limits),
         **base.network_functions(network, config, views),
     )

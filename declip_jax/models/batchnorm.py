@@ -1,4 +1,4 @@
-"""Batch normalisation over the global batch or over groups of it (Ioffe and Szegedy,
+"""Batch normalization over the global batch or over groups of it (Ioffe and Szegedy,
 https://arxiv.org/abs/1502.03167), with torch's running statistics."""
 
 import math
@@ -12,14 +12,14 @@ EPSILON = 1e-5
 
 
 class BatchNorm(nn.Module):
-    """Normalise x [B * views, ..., C] over all axes but the last, computed in float32.
+    """Normalize x [B * views, ..., C] over all axes but the last, computed in float32.
 
-    Each of the `views` of an example (neighbours on axis 0) has statistics of its own, as if the
+    Each of the `views` of an example (neighbors on axis 0) has statistics of its own, as if the
     views went through one after the other; the running statistics are updated in their order.
 
     In training the statistics are those of the batch: under jit of the whole global batch, or,
     with `group_size` > 0, of each group of that many consecutive examples, which is what
-    unsynchronised training with that many examples a GPU computes. The running statistics (in
+    unsynchronized training with that many examples a GPU computes. The running statistics (in
     "batch_stats": mean, var) keep 1 - MOMENTUM of the old value and take the rest from the batch
     mean and the *unbiased* batch variance. Over groups they take the average of the groups'
     statistics, where published checkpoints hold those of the first GPU alone.

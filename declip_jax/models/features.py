@@ -11,7 +11,7 @@ import jax
 class ImageFeatures(NamedTuple):
     """Leading axes are those of the images."""
 
-    embedding: jax.Array  # [..., D] projected, not normalised
+    embedding: jax.Array  # [..., D] projected, not normalized
     pooled: jax.Array  # [..., width] what the projection reads
     tokens: jax.Array  # [..., P, width] patch tokens after the last block, or cells of the last map
 
@@ -19,5 +19,5 @@ class ImageFeatures(NamedTuple):
 class TextFeatures(NamedTuple):
     """Leading axes are those of the texts."""
 
-    embedding: jax.Array  # [..., D] projected, not normalised
+    embedding: jax.Array  # [..., D] projected, not normalized
     words: jax.Array  # [..., L, width] every position after the last LayerNorm

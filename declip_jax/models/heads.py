@@ -16,14 +16,14 @@ def linear(fan_in: int, features: int, dtype: jnp.dtype, name: str | None = None
 
 
 class Mlp(nn.Module):
-    """Linear layers, batch normalisation and ReLU between: [B, V, C] -> [B, V, widths[-1]].
+    """Linear layers, batch normalization and ReLU between: [B, V, C] -> [B, V, widths[-1]].
 
     SimSiam's projector and predictor (Chen and He, https://arxiv.org/abs/2011.10566) and SimCLR's
     head (Chen et al., https://arxiv.org/abs/2002.05709). The statistics are those of each view.
 
     Attributes:
       widths: outputs of the layers.
-      last_norm: the last layer has batch normalisation too (and no ReLU).
+      last_norm: the last layer has batch normalization too (and no ReLU).
       dtype: of the products; the result is float32.
     """
 

@@ -1,4 +1,4 @@
-"""Initialisers that draw as torch's modules do by default, as the published code does."""
+"""Initializers that draw as torch's modules do by default, as the published code does."""
 
 from collections.abc import Callable
 

@@ -75,7 +75,7 @@ class ModifiedResNet(nn.Module):
     """Images [B * views, resolution, resolution, 3], views of an example in turn -> features.
 
     The last map has 1/32 of the resolution and 32 * width channels. In training, batch
-    normalisation takes the statistics of each view by itself.
+    normalization takes the statistics of each view by itself.
 
     Raises:
       ValueError: the images are not resolution x resolution; the positions are learned for it.

@@ -21,7 +21,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 class TwoTowers(nn.Module):
     """Variables: "params" (float32: image/..., text/..., logit_scale) and, of the ResNet,
-    "batch_stats". Embeddings are float32, whatever the towers compute in, and not normalised."""
+    "batch_stats". Embeddings are float32, whatever the towers compute in, and not normalized."""
 
     image: nn.Module
     text: nn.Module
@@ -30,9 +30,9 @@ class TwoTowers(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(0.07)), ())
 
     def encode_image(self, images: jax.Array, train: bool = False) -> ImageFeatures:
-        """Images float [B, V, H, W, 3], normalised as in training -> features [B, V, ...].
+        """Images float [B, V, H, W, 3], normalized as in training -> features [B, V, ...].
 
-        All views go through in one pass. With train=True batch normalisation uses the batch's
+        All views go through in one pass. With train=True batch normalization uses the batch's
         statistics, of each view by itself, and updates the running ones: apply with
         mutable=["batch_stats"].
         """

@@ -12,7 +12,7 @@ AXES = ("data", "fsdp")
 def make_mesh(data: int, fsdp: int, devices=None) -> Mesh:
     """A ("data", "fsdp") mesh over all devices; one axis may be -1 for "the rest".
 
-    Both axes divide the batch; "fsdp" also divides parameters and optimiser state.
+    Both axes divide the batch; "fsdp" also divides parameters and optimizer state.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import apache_beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from declip_jax.data.raw import InputError
+from declip_jax.data.input_files import InputError
 from declip_jax.prepare.shards import Job, WriteShard
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from declip_jax.data import image
-from declip_jax.data.raw import (
+from declip_jax.data.input_files import (
     MAX_CAPTION,
     InputError,
     Refusal,

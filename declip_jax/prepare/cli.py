@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from declip_jax.data import image
-from declip_jax.data.raw import InputError
+from declip_jax.data.input_files import InputError
 from declip_jax.data.sources.paths import is_remote
 from declip_jax.prepare.conversion import prepare
 from declip_jax.prepare.synonyms import write_synonyms

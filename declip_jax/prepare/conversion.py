@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from declip_jax.data import records
-from declip_jax.data.raw import InputError, Refusal
+from declip_jax.data.input_files import InputError, Refusal
 from declip_jax.prepare import captions
 from declip_jax.prepare.files import locked, publish, temporary_name, write_text
 from declip_jax.prepare.inputs import Input, Reader, WithoutDuplicates, find_duplicates, read_input

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from declip_jax.data.raw import InputError
+from declip_jax.data.input_files import InputError
 
 
 def temporary_name(path: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from declip_jax.data.raw import (
+from declip_jax.data.input_files import (
     Files,
     InputError,
     Item,
@@ -22,7 +22,7 @@ from declip_jax.data.raw import (
 )
 from declip_jax.data.records import BadRecord, Record
 from declip_jax.data.sources import Columns, Source, open_source, paths
-from declip_jax.data.sources.derived import Part
+from declip_jax.data.sources.part import Part
 from declip_jax.prepare.files import publish, temporary_name
 from declip_jax.prepare.parallel import Progress, Tick, parallel
 

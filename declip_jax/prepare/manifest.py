@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from declip_jax.data import records
-from declip_jax.data.raw import InputError
+from declip_jax.data.input_files import InputError
 from declip_jax.prepare.inputs import Input
 
 # What does not decide about the bytes of the result, or does so by the input's digest alone.

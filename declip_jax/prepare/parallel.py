@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from declip_jax.data.raw import InputError
+from declip_jax.data.input_files import InputError
 
 Job, Result = TypeVar("Job"), TypeVar("Result")
 Tick = Callable[[], None]  # to be called for every image

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from declip_jax.data import records
-from declip_jax.data.raw import InputError, refusal
+from declip_jax.data.input_files import InputError, refusal
 from declip_jax.prepare.files import publish, temporary_name, write_text
 from declip_jax.prepare.filters import Loaded, load
 from declip_jax.prepare.inputs import Reader
@@ -46,12 +46,12 @@ def write_shard(path: Path, loaded: Iterable[Loaded]) -> None:
         counts["refused"] += [refusal(name, error) for name, error in refused]
         if record is None:
             continue
-        serialised = records.serialise(record)
+        serialized = records.serialize(record)
         with _telling_of_full_disks():
-            writer.write(serialised)
+            writer.write(serialized)
         counts["records"] += 1
         counts["captions"] += len(record["captions"])
-        counts["record_bytes"] += len(serialised)
+        counts["record_bytes"] += len(serialized)
     with _telling_of_full_disks():
         writer.close()
     counts |= {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}

@@ -10,7 +10,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from google.protobuf.message import DecodeError
 
 from declip_jax.data import image, records
-from declip_jax.data.raw import InputError
+from declip_jax.data.input_files import InputError
 from declip_jax.prepare.manifest import manifest_path, read_manifests, split_size
 from declip_jax.prepare.parallel import Progress, Tick, parallel
 from declip_jax.prepare.shards import sha256
@@ -129,7 +129,7 @@ class CheckShard(NamedTuple):
         for number in range(count):
             tick()
             try:
-                record = records.deserialise(reader.read([number])[0])
+                record = records.deserialize(reader.read([number])[0])
                 if self.decode:
                     image.decode(record["image"])
             except (RuntimeError, ValueError, IndexError, DecodeError) as error:

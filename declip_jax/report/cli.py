@@ -38,7 +38,7 @@ def main() -> None:
     try:
         silence_alarms()
         runs = load_runs(args.workdir)
-        print("Searching images and neighbours, drawing …", flush=True)
+        print("Searching images and neighbors, drawing …", flush=True)
         write_page(runs, out, images=args.images, captions=args.captions)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -29,7 +29,7 @@ class Match(NamedTuple):
     is_right: bool
 
 
-class Neighbour(NamedTuple):
+class Neighbor(NamedTuple):
     """A row of the support set: its caption, None if it is still random, and its cosine.
 
     Attributes:
@@ -86,7 +86,7 @@ def gallery(trained: Trained, images: int, captions: int) -> list[tuple[str, lis
     ]
 
 
-def neighbours(trained: Trained, captions: int, k: int) -> list[tuple[str, list[Neighbour]]]:
+def neighbors(trained: Trained, captions: int, k: int) -> list[tuple[str, list[Neighbor]]]:
     """Captions of the samples that training would take next, and what they find in the support set.
 
     A caption is encoded as the loss does it: with the newest parameters, not their average, and
@@ -107,7 +107,7 @@ def neighbours(trained: Trained, captions: int, k: int) -> list[tuple[str, list[
     """
     if trained.setup is None:
         raise ValueError("another program's weights come without a support set.")
-    rows = trained.state.extra.get("support_set")
+    rows = trained.state.model_state.get("support_set")
     if rows is None:
         return []
     config, setup = trained.config, trained.setup
@@ -142,7 +142,7 @@ def neighbours(trained: Trained, captions: int, k: int) -> list[tuple[str, list[
         texts.append(sample.texts[0])
         tokens.append(ids)
     encoder = Encoder(setup.method, config, setup.mesh)
-    encoder.use(trained.state.params, trained.state.extra)
+    encoder.use(trained.state.params, trained.state.model_state)
     found = support_set.nearest(
         rows,
         encoder.encode_text(np.stack(tokens)),
@@ -151,13 +151,13 @@ def neighbours(trained: Trained, captions: int, k: int) -> list[tuple[str, list[
         block=config.loss.block,
     )
 
-    def describe(similarity: float, age: int) -> Neighbour:
+    def describe(similarity: float, age: int) -> Neighbor:
         if age < 0:
-            return Neighbour(None, similarity)
+            return Neighbor(None, similarity)
         steps, view, place = SupportSet.origin(age, config.batch_size)
         number = seen - (steps + 1) * config.batch_size + place
         caption = samples.draw(number, images).texts[view]
-        return Neighbour(caption, similarity, views.text[view] == "augmented", steps)
+        return Neighbor(caption, similarity, views.text[view] == "augmented", steps)
 
     similarities, ages = jax.device_get((found.similarity, found.age))
     return [

@@ -58,7 +58,7 @@ def curves(runs: Sequence[Run]) -> str:
                 entry = number not in named and trace.opacity is None
                 named |= {number} if entry else set()
                 trace.update(
-                    name=label, legendgroup=str(number), showlegend=entry, line_color=run.colour
+                    name=label, legendgroup=str(number), showlegend=entry, line_color=run.color
                 )
                 figure.add_trace(trace, **at)
         figure.update_yaxes(tickformat=".3~s" if name.endswith("_per_s") else None, **at)
@@ -71,7 +71,7 @@ def curves(runs: Sequence[Run]) -> str:
 
 
 def bars(scores: Scores) -> str:
-    """Scores in per cent: for each row of the table beside, which tells the colours, its bars."""
+    """Scores in per cent: for each row of the table beside, which tells the colors, its bars."""
     rows = [row for row in scores.rows if any(row in one.values for one in scores.series)]
     figure, places, ticks = go.Figure(), {}, []
     place = 0.0  # of the next bar; rows have as many as they need
@@ -94,7 +94,7 @@ def bars(scores: Scores) -> str:
                 textposition="outside",
                 textfont_size=10,
                 name=html.escape(f"{one.label}, {one.detail}"),
-                marker_color=one.colour,
+                marker_color=one.color,
                 orientation="h",
                 hoverinfo="name+x",
             )

@@ -13,7 +13,7 @@ from declip_jax.report.runs import Run, differences
 from declip_jax.report.scores import metric_title, scores, variants, worst_classes
 
 _WORST = 12  # classes
-_NEIGHBOURS = 5
+_NEIGHBORS = 5
 
 
 def write_page(runs: Sequence[Run], out: Path, *, images: int, captions: int) -> None:
@@ -49,9 +49,7 @@ def write_page(runs: Sequence[Run], out: Path, *, images: int, captions: int) ->
         sources={text: url for c in compared for s in c.series for text, url in s.sources.items()},
         confusions=_confusions(runs),
         galleries=[_shown(run, examples.gallery, images, captions) for run in runs],
-        neighbours=[
-            _shown(run, examples.neighbours, -(-captions // 2), _NEIGHBOURS) for run in runs
-        ],
+        neighbors=[_shown(run, examples.neighbors, -(-captions // 2), _NEIGHBORS) for run in runs],
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")

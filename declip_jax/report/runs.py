@@ -24,7 +24,7 @@ class Run(NamedTuple):
     Attributes:
       workdir: its folder.
       name: the folder's, or its path where several have the same name.
-      colour: of all that is drawn of it.
+      color: of all that is drawn of it.
       curves: for each name in metrics.jsonl, its value at each step, steps rising; {} of another
         program's weights.
       trained: the model.
@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
     workdir: Path
     name: str
-    colour: str
+    color: str
     curves: Curves
     trained: Trained
     evaluation: dict[str, Any] | None
@@ -141,23 +141,23 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def _load(workdir: Path, name: str, colour: str) -> Run:
+def _load(workdir: Path, name: str, color: str) -> Run:
     if (workdir / IMPORTED).exists():
         try:
             trained = load_imported(Imported.of(workdir))
         except ValueError as error:
             raise ValueError(f"{workdir}: {error}") from error
-        return Run(workdir, name, colour, {}, trained, _evaluation(workdir, trained.step))
+        return Run(workdir, name, color, {}, trained, _evaluation(workdir, trained.step))
     metrics = workdir / "metrics.jsonl"
     trained = load(workdir)
-    # The page needs the model alone, and the optimiser's state is twice as large.
+    # The page needs the model alone, and the optimizer's state is twice as large.
     trained = trained._replace(state=trained.state.replace(opt_state=None))
     curves = _read_curves(metrics) if metrics.exists() else {}
     if not any("/" in name for name in curves):
         raise ValueError(
             f"{workdir} has nothing in metrics.jsonl, which training writes: train on."
         )
-    return Run(workdir, name, colour, curves, trained, _evaluation(workdir, trained.step))
+    return Run(workdir, name, color, curves, trained, _evaluation(workdir, trained.step))
 
 
 def _read_curves(path: Path) -> Curves:

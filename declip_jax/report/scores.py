@@ -13,7 +13,7 @@ TASKS = {
     "zeroshot": "Zero-shot classification",
     "retrieval": "Retrieval",
     "linear_probe": "Linear probe",
-    "knn": "k nearest neighbours",
+    "knn": "k nearest neighbors",
     "few_shot": "Few-shot probe",
 }
 SEVERAL = ("retrieval", "few_shot")  # tasks with more than one metric a set
@@ -28,7 +28,7 @@ _METRICS = {
     **{f"image_to_text_r{k}": f"image → text R@{k}" for k in (1, 5, 10)},
     **{f"text_to_image_r{k}": f"text → image R@{k}" for k in (1, 5, 10)},
 }
-_GREYS = ("#8a8a8a", "#b4b4b4", "#5c5c5c", "#d0d0d0")
+_GRAYS = ("#8a8a8a", "#b4b4b4", "#5c5c5c", "#d0d0d0")
 
 
 class Row(NamedTuple):
@@ -43,7 +43,7 @@ class Series(NamedTuple):
     """Scores of a run or of a paper.
 
     Attributes:
-      label, detail, colour: of what is drawn of them.
+      label, detail, color: of what is drawn of them.
       values: in per cent.
       absent: of a run: sets that have not been scored, and why.
       sources: of papers: where in them the numbers stand, and their addresses.
@@ -51,7 +51,7 @@ class Series(NamedTuple):
 
     label: str
     detail: str
-    colour: str
+    color: str
     values: dict[Row, float]
     absent: dict[str, str] = {}
     sources: dict[str, str] = {}
@@ -111,7 +111,7 @@ def scores(runs: Sequence[Run]) -> Iterator[Scores]:
             detail = f"step {', '.join(f'{step:,}' for step in steps)}" if own else "not scored"
             if own and run.imported:
                 detail = "another program's weights"
-            series.append(Series(run.name, detail, run.colour, values, missing))
+            series.append(Series(run.name, detail, run.color, values, missing))
         known = {row.set for row in rows}
         for name in dict.fromkeys(itertools.chain(*absent)):
             if name not in known:
@@ -166,7 +166,7 @@ def _papers(runs: Sequence[Run], task: str, rows: Iterable[Row]) -> list[Series]
                     Series(
                         number.method,
                         f"{number.model}, {number.data}",
-                        _GREYS[len(found) % len(_GREYS)],
+                        _GRAYS[len(found) % len(_GRAYS)],
                         {},
                         sources={},
                     ),

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from declip_jax.data import records
 from declip_jax.data.sources import paths
 from declip_jax.data.sources.base import Columns, Source
-from declip_jax.data.sources.derived import Mixture, part_of
+from declip_jax.data.sources.mixture import Mixture
+from declip_jax.data.sources.part import part_of
 
 __all__ = ["Columns", "Mixture", "Source", "open_data", "open_source"]
 

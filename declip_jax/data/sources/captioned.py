@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, TextIO
 
 from absl import logging
 
-from declip_jax.data.raw import MAX_LINE, Captions, Files, csv_rows, jsonl_rows
+from declip_jax.data.input_files import MAX_LINE, Captions, Files, csv_rows, jsonl_rows
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources.base import Columns, Refused, Source, count_refused, tell_refused
+from declip_jax.data.sources.compact_list import CompactList, stamps
 from declip_jax.data.sources.fields import choose
-from declip_jax.data.sources.packed import Packed, stamps
 
 # Where `Columns` names nothing, the first of these that is there.
 _IMAGES = ("image", "filename", "file_name", "filepath", "image_path", "path")
@@ -84,7 +84,7 @@ class Captioned(Source):
         if self.refused:
             logging.warning("%s: %s", self, told)
         self._files = _find(path, folder, [item.key for item in index.items[:LOOKED_FOR]])
-        self._items = Packed([item.key, item.captions, item.synthetic] for item in index.items)
+        self._items = CompactList([item.key, item.captions, item.synthetic] for item in index.items)
 
     def __str__(self) -> str:
         return self._name

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from declip_jax.data import records
-from declip_jax.data.raw import MAX_CAPTION, MAX_IMAGE_BYTES
+from declip_jax.data.input_files import MAX_CAPTION, MAX_IMAGE_BYTES
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources.base import Columns
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from declip_jax.data.raw import Files, is_utf8
+from declip_jax.data.input_files import Files, is_utf8
 from declip_jax.data.sources.base import Refused, Source, count_refused, tell_refused
+from declip_jax.data.sources.compact_list import CompactList, stamps
 from declip_jax.data.sources.fields import class_caption
-from declip_jax.data.sources.packed import Packed, stamps
 from declip_jax.data.sources.tar import is_image
 
 # Folders that would hardly be the classes themselves.
@@ -61,7 +61,7 @@ class ClassFolders(Source):
                 "each class, at least two. Images with captions are opened by the file that lists "
                 "them."
             )
-        self._names = Packed(names)
+        self._names = CompactList(names)
         self._firsts = np.cumsum([0, *counts])[:-1]  # of each class
         if self.refused:
             logging.warning("%s: left out %s", self, tell_refused(self.refused))

@@ -120,6 +120,6 @@ class PreparedSource(Shards):
     def __getitem__(self, index: int) -> dict[str, Any]:
         stored = self.stored(index)
         try:
-            return records.deserialise(stored)
+            return records.deserialize(stored)
         except (DecodeError, IndexError, UnicodeDecodeError) as error:
             raise BadRecord("unreadable record", f"damaged or of another kind: {error}") from error

@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from declip_jax.data.raw import is_utf8
+from declip_jax.data.input_files import is_utf8
 
 BLOCK = tarfile.BLOCKSIZE  # bytes, 512
 MAX_HEADER_BYTES = 64 << 10  # of a member, with the extended ones before it

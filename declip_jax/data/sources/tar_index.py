@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from declip_jax.data.raw import MAX_IMAGE_BYTES
+from declip_jax.data.input_files import MAX_IMAGE_BYTES
 from declip_jax.data.sources import paths
 from declip_jax.data.sources.base import Refused, count_refused, tell_refused
 from declip_jax.data.sources.tar import BLOCK, File, files_of, is_image, key_hash

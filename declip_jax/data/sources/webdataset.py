@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from declip_jax.data.raw import MAX_CAPTION, MAX_IMAGE_BYTES, is_utf8
+from declip_jax.data.input_files import MAX_CAPTION, MAX_IMAGE_BYTES, is_utf8
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources import paths
 from declip_jax.data.sources.base import Columns, Refused, Source, tell_refused

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 
-class Packed:
+class CompactList:
     """Values that JSON can hold, one after the other in one string of bytes."""
 
     def __init__(self, values: Iterable[Any]):

@@ -10,7 +10,7 @@ import numpy as np
 from configs import declip_vit_b32_yfcc15m
 from declip_jax import train
 from declip_jax.checkpoint import Checkpoints
-from declip_jax.train import Setup
+from declip_jax.step import Setup
 
 
 def declip_config(folder: Path):
