@@ -1,0 +1,10 @@
+"""What error messages share."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """ " Did you mean 'near'?", of the known word that is nearest to an unknown one; or ""."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
