@@ -28,9 +28,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a bare checkout, too
 from configs import common  # noqa: E402
 from declip_jax import augment  # noqa: E402
-from declip_jax.data.pipeline import eval_images  # noqa: E402
+from declip_jax.data.eval_images import eval_images  # noqa: E402
 from declip_jax.data.sources import Source  # noqa: E402
-from declip_jax.data.tokenizer import tokenize  # noqa: E402
+from declip_jax.data.tokenizer import CLIP_TOKENIZER  # noqa: E402
 from declip_jax.encode import Encoder  # noqa: E402
 from declip_jax.evals.cache import Cache  # noqa: E402
 from declip_jax.evals.preprocess import preprocess  # noqa: E402
@@ -82,8 +82,9 @@ def main() -> None:
         config.model.dtype = "float32"
     setup = Setup(config)
     state = setup.init_state()
-    encoder = Encoder(setup.method, config, setup.mesh).use(state.eval_params, state.model_state)
-    seen = preprocess(config)
+    seen, context = preprocess(config), config.model.text.context
+    encoder = Encoder(setup.method, seen, args.batch, context, setup.mesh)
+    encoder = encoder.use(state.eval_params, state.model_state)
     reading = dict(
         resolution=seen.resolution, resize=seen.short_side, batch_size=config.eval.batch_size
     )
@@ -103,13 +104,9 @@ def main() -> None:
     def embed() -> dict[str, np.ndarray]:
         templates = [f"a photo of a {{}}, number {n}." for n in range(args.prompts)]
         names = sources["arrays"].class_names
-        return {
-            "embeddings": class_embeddings(
-                encoder.encode_text, lambda t: tokenize(t, encoder.context), names, templates
-            )
-        }
+        return {"embeddings": class_embeddings(encoder.encode_texts, names, templates)}
 
-    encoder.encode_text(tokenize(["compiles"], encoder.context))
+    encoder.encode_texts(["compiles"])
     with tempfile.TemporaryDirectory() as folder:
         seconds = []
         for _ in range(2):
@@ -118,7 +115,7 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
 
     pixels = rng.integers(0, 256, (args.batch, 1, *[seen.resolution] * 2, 3), np.uint8)
-    tokens = tokenize(["a photograph of something"] * args.batch, encoder.context)
+    tokens = CLIP_TOKENIZER.encode(["a photograph of something"] * args.batch, encoder.context)
     # As the training step has them: one view of each image, one of each caption.
     batch = shard_batch({"image": pixels, "tokens": tokens[:, None]}, setup.mesh)
 

@@ -47,9 +47,12 @@ import simplejpeg
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a bare checkout, too
 
+from configs import common  # noqa: E402
 from declip_jax.data import image  # noqa: E402
+from declip_jax.data.options import Data  # noqa: E402
 from declip_jax.data.pipeline import train_batches  # noqa: E402
 from declip_jax.data.sources import Source  # noqa: E402
+from declip_jax.data.tokenizer import CLIP_TOKENIZER  # noqa: E402
 
 RESOLUTION = 224
 LENGTH = 2**20  # records that both see, in a new order; grain is slow to shuffle very few
@@ -138,13 +141,15 @@ def run_pipeline(connection, name: str, cores: list[int], images: list[bytes], v
     if what == "declip_jax":
         batches = train_batches(
             InMemory(images),
+            Data.read(dict(common.get_config().data) | {"workers": workers}, "config.data"),
             image_views=[VIEW] * views,
             text_views=["caption"],
             resolution=RESOLUTION,
             context=77,
             batch_size=args.batch,
             seed=0,
-            workers=workers,
+            tokenizer=CLIP_TOKENIZER,
+            padded=True,
         )
     else:
         import torch

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # configs are not install
 from benchmarks.flops import train_step_flops  # noqa: E402
 from configs import common  # noqa: E402
 from declip_jax.data.text import mask_tokens  # noqa: E402
-from declip_jax.data.tokenizer import EOT, SOT  # noqa: E402
+from declip_jax.data.tokenizer import CLIP_TOKENIZER  # noqa: E402
 from declip_jax.interop import openai  # noqa: E402
 from declip_jax.methods import METHODS, Views  # noqa: E402
 from declip_jax.models.variants import variant as tower_sizes  # noqa: E402
@@ -91,14 +91,14 @@ def random_batch(config, views: Views, length: int) -> dict[str, np.ndarray]:
     ends = np.clip(rng.normal(12, 3, shape).astype(int), 4, longest) - 1
     ends[0] = longest - 1
     place = np.arange(length)
-    words = rng.integers(1, SOT, (*shape[:2], length))
-    tokens = np.where(place < ends, words, np.where(place == ends, EOT, 0)).astype(np.int32)
-    tokens[..., 0] = SOT
+    words = rng.integers(1, CLIP_TOKENIZER.start, (*shape[:2], length))
+    tokens = np.where(place < ends, words, (place == ends) * CLIP_TOKENIZER.end).astype(np.int32)
+    tokens[..., 0] = CLIP_TOKENIZER.start
     images = (config.batch_size, len(views.image), size, size, 3)
     batch = {"image": rng.integers(0, 256, images, np.uint8), "tokens": tokens}
     if "masked" in views.text:
         masked = tokens[:, views.text.index("masked")]  # [B, L], a view
-        pairs = [mask_tokens(row, config.data.mask_rate, rng) for row in masked]
+        pairs = [mask_tokens(row, config.data.mask_rate, CLIP_TOKENIZER, rng) for row in masked]
         masked[:], batch["mlm_labels"] = (np.stack(column) for column in zip(*pairs, strict=True))
     return batch
 
@@ -131,7 +131,6 @@ class Step(Timed):
         labels = self.host_batch.get("mlm_labels", np.full(1, -1))
         self.flops = train_step_flops(
             config,
-            views=(len(views.image), len(views.text)),
             tokens=self.length,
             mlm_words=(labels >= 0).sum() / config.batch_size,
         )
@@ -184,8 +183,11 @@ class Peer(Timed):
     def __init__(self, config, step: Step):
         super().__init__()
         self.batch_size = step.batch_size
-        image, text = dict(config.model.image), dict(config.model.text)
-        del image["kind"], text["proj_bias"]
+        image = {
+            n: config.model.image[n] for n in ("resolution", "patch", "width", "layers", "heads")
+        }
+        text = dict(config.model.text)
+        del text["proj_bias"]
         spec = {
             "image": image,
             "text": text,

@@ -5,8 +5,12 @@ differs. `--config configs/NAME.py:tiny` makes any of them a smoke run of a few 
 seconds on a CPU. Any field can be set on the command line: `--config.optim.peak_lr=5e-4`.
 """
 
-from ml_collections import ConfigDict
+import math
 
+from ml_collections import ConfigDict, config_dict
+
+from declip_jax.models.text import Text
+from declip_jax.models.two_towers import read_image
 from declip_jax.models.variants import variant
 
 
@@ -24,7 +28,9 @@ def _common() -> ConfigDict:
     config.microbatches = 1  # parts that a batch is encoded in, one after the other
 
     # --- model -----------------------------------------------------------------------------------
-    config.model = ConfigDict(variant("ViT-B/32"))  # embed_dim, image, text
+    # embed_dim, image, text. The towers' fields, with a comment each, and the options that `finish`
+    # adds: models/vit.py, resnet.py, text.py.
+    config.model = ConfigDict(variant("ViT-B/32"))
     config.model.text.proj_bias = True  # DeCLIP's code has it; OpenAI's and open_clip's do not
     config.model.activation = "quick_gelu"  # or "gelu"
     config.model.attention = "xla"  # or "cudnn": NVIDIA GPUs, bfloat16
@@ -38,6 +44,8 @@ def _common() -> ConfigDict:
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
     config.model.scan = True  # one compiled layer, or False: every layer unrolled
     config.model.remat = "none"  # what the backward pass computes again: "none", "dots", "full"
+    config.model.init_logit_scale = math.log(1 / 0.07)  # a logarithm
+    config.model.init_logit_bias = config_dict.placeholder(float)  # none; SigLIP's: -10
 
     # What a new run starts from: weights of open_clip, Transformers, OpenAI, DeCLIP or ALIP (a file
     # or a folder, see docs/interop.md), or another run's workdir. "": drawn anew.
@@ -176,7 +184,8 @@ def set_variant(config: ConfigDict, name: str) -> None:
     """Gives the model the sizes of `models.variants.variant(name)`.
 
     They replace what was there, since a ResNet's fields are not a vision transformer's; only
-    `text.proj_bias`, which is the recipe's and not the variant's, stays.
+    `text.proj_bias`, which is the recipe's and not the variant's, stays. Set the towers' options
+    afterwards.
     """
     proj_bias = config.model.text.proj_bias
     for section, sizes in variant(name).items():
@@ -185,11 +194,14 @@ def set_variant(config: ConfigDict, name: str) -> None:
 
 
 def finish(config: ConfigDict, arg: str) -> ConfigDict:
-    """Applies the argument after the config's file name, and locks the fields."""
+    """Applies the argument after the config's file name, completes the towers' options, and locks
+    the fields."""
     if arg == "tiny":
         _tiny(config)
     elif arg:
         raise ValueError(f"config argument {arg!r} is unknown: expected 'tiny' or nothing.")
+    for name, read in (("image", read_image), ("text", Text.read)):
+        config.model[name] = read(config.model[name], f"config.model.{name}").as_dict()
     return config.lock()
 
 

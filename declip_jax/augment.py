@@ -9,45 +9,51 @@ The operations work on one image as three planes, float [3, H, W] in 0..1: with 
 a CPU spends five times as long on them.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+
+from declip_jax.section import Section, between
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL and torchvision convert to gray
 
 
-def check_view(name: str, view) -> None:
-    """Raises ValueError naming the field of `config.views.<name>` that is out of range."""
-    for field in ("flip", "jitter_prob", "grayscale_prob", "blur_prob"):
-        if not 0 <= view[field] <= 1:
+class View(Section):
+    """A section of `config.views`; configs/common.py tells of each field."""
+
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: float = between(0, 1)
+    jitter: tuple[float, float, float, float]
+    jitter_prob: float = between(0, 1)
+    grayscale_prob: float = between(0, 1)
+    blur_prob: float = between(0, 1)
+    blur_sigma: tuple[float, float]
+
+    def check(self, where: str) -> None:
+        jitter = self.jitter
+        if min(jitter) < 0 or max(jitter) > 1 or jitter[3] > 0.5:
             raise ValueError(
-                f"config.views.{name}.{field}={view[field]} is a probability: 0 to 1 is expected."
+                f"{where}.jitter={jitter} must be four strengths from 0: brightness, contrast and "
+                "saturation up to 1, hue up to 0.5."
             )
-    jitter = view.jitter
-    if len(jitter) != 4 or min(jitter) < 0 or max(jitter) > 1 or jitter[3] > 0.5:
-        raise ValueError(
-            f"config.views.{name}.jitter={tuple(jitter)} must be four strengths from 0: "
-            "brightness, contrast and saturation up to 1, hue up to 0.5."
-        )
-    for field, low, high in (
-        ("crop_scale", 0.0, 1.0),
-        ("crop_ratio", 0.0, None),
-        ("blur_sigma", 0.0, None),
-    ):
-        first, last = view[field]
-        if not (low < first <= last and (high is None or last <= high)):
-            raise ValueError(
-                f"config.views.{name}.{field}={tuple(view[field])} must be (low, high) with "
-                f"{low} < low <= high" + (f" <= {high}." if high is not None else ".")
-            )
+        for field, highest in (("crop_scale", 1.0), ("crop_ratio", None), ("blur_sigma", None)):
+            low, high = getattr(self, field)
+            if not 0 < low <= high or (highest and high > highest):
+                raise ValueError(
+                    f"{where}.{field}={(low, high)} must be (low, high) with 0.0 < low <= high"
+                    + (f" <= {highest}." if highest else ".")
+                )
 
 
-def augment(key: jax.Array, images: jax.Array, views, mean, std) -> jax.Array:
+def augment(key: jax.Array, images: jax.Array, views: Sequence[View], mean, std) -> jax.Array:
     """Augments and normalizes every view of a batch.
 
     Args:
       key: the step's key.
       images: uint8 [B, V, H, W, 3].
-      views: V views of the config, in the order of axis 1.
+      views: V, in the order of axis 1.
       mean: three channel means in 0..1.
       std: three channel deviations in 0..1.
 
@@ -69,7 +75,7 @@ def normalize(pixels: jax.Array, mean, std) -> jax.Array:
     return (pixels - jnp.asarray(mean)) / jnp.asarray(std)
 
 
-def _augment_one(key: jax.Array, image: jax.Array, view) -> jax.Array:
+def _augment_one(key: jax.Array, image: jax.Array, view: View) -> jax.Array:
     """Draws and applies the view's operations on one image."""
 
     def maybe(name, probability, operation, image):

@@ -18,18 +18,27 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from declip_jax.parallel.rules import path_name
+from declip_jax.section import Section, at_least
 from declip_jax.state import TrainState
 
 # Settings of the model that change how it is computed, not what it is; and the methods' own layers,
 # which not every method has: where one does not fit, restoring says so by its name.
 _FREE = ("model.scan", "model.remat", "model.dtype", "model.attention", "model.heads.")
+_FREE += ("model.image.patch_dropout", "model.init_logit_scale")
 
 
 _MODEL_STATE = "extra"  # what `TrainState.model_state` is called on disk, as in the first runs
+
+
+class CheckpointPolicy(Section):
+    """The section `config.checkpoint`; configs/common.py tells of each field."""
+
+    every: int = at_least(1)
+    keep: int = at_least(1)
+    best_metric: str
 
 
 class CheckpointError(ValueError):
@@ -124,7 +133,7 @@ class Checkpoints:
         state: TrainState,
         samples: int,
         data: str,
-        config: ConfigDict,
+        config: dict[str, Any],
         metrics: dict[str, float],
     ) -> str:
         """Starts writing `state`; a later `save` or `close` waits for it.
@@ -133,7 +142,7 @@ class Checkpoints:
           state: of a step.
           samples: that the run has seen, its position in the data.
           data: changes with the data; their order follows from them.
-          config: of the run.
+          config: of the run, its `Config.record`.
           metrics: of an evaluation at this step, else empty.
 
         Returns:
@@ -144,7 +153,7 @@ class Checkpoints:
             "step": step,
             "samples": samples,
             "data": data,
-            "config": json.loads(to_json(config)),
+            "config": config,
             "fingerprint": _fingerprint(_on_disk(state)),
         }
         self._manager.save(
@@ -262,18 +271,14 @@ def digest_of(record: dict[str, Any]) -> str:
     return hashlib.blake2b(fingerprint, digest_size=16).hexdigest()
 
 
-def to_json(config: ConfigDict) -> str:
-    return config.to_json_best_effort(indent=2)
-
-
-def config_differences(saved: dict[str, Any], config: ConfigDict) -> tuple[list[str], list[str]]:
-    """Compares a saved configuration with the one in hand.
+def config_differences(saved: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Compares a saved configuration with the one in hand, both of them `Config.record`s.
 
     Returns:
       Two lists of "field: saved -> now": what makes it another model (`method`, `model`), and the
       other settings.
     """
-    old, new = _flat(saved), _flat(json.loads(to_json(config)))
+    old, new = _flat(saved), _flat(now)
     model, other = [], []
     for name in sorted(old.keys() | new.keys()):
         if old.get(name, "(absent)") == new.get(name, "(absent)"):

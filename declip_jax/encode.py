@@ -1,11 +1,15 @@
 """Encoding host batches of any size with a trained model, over all devices."""
 
+import copy
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from declip_jax import augment
-from declip_jax.evals.preprocess import preprocess
+from declip_jax.data.tokenizer import CLIP_TOKENIZER, Tokenizer
+from declip_jax.evals.preprocess import Preprocess
 from declip_jax.methods import Method
 from declip_jax.methods.base import Encoders
 from declip_jax.parallel.mesh import check_batch_size, replicated, shard_batch
@@ -14,20 +18,27 @@ from declip_jax.parallel.mesh import check_batch_size, replicated, shard_batch
 class Encoder:
     """Image and text features of a method's model as host arrays.
 
-    The parameters are set by `use`, so that one compiled program serves a whole training run.
-
     Args:
       method: whose model encodes, or encoders alone.
-      config: the run's configuration (`eval.preprocess`, `eval.batch_size`).
+      seen: how images are normalized.
+      batch_size: of what is encoded at once: `config.eval.batch_size`.
+      context: most tokens of a text, as an attribute for those who make them.
       mesh: the batch is divided over its devices.
+      tokenizer: whose ids the text tower reads; an attribute, as `context` is.
     """
 
-    def __init__(self, method: Method | Encoders, config, mesh: Mesh):
-        check_batch_size("config.eval.batch_size", config.eval.batch_size, mesh)
-        self.mesh = mesh
-        self._batch_size = config.eval.batch_size
-        self.context = config.model.text.context
-        seen = preprocess(config)
+    def __init__(
+        self,
+        method: Method | Encoders,
+        seen: Preprocess,
+        batch_size: int,
+        context: int,
+        mesh: Mesh,
+        tokenizer: Tokenizer = CLIP_TOKENIZER,
+    ):
+        check_batch_size("config.eval.batch_size", batch_size, mesh)
+        self._batch_size, self.context = batch_size, context
+        self.mesh, self.tokenizer = mesh, tokenizer
 
         def image(params, model_state, batch):
             pixels = batch["image"].astype("float32") / 255
@@ -41,8 +52,10 @@ class Encoder:
         self._text = jax.jit(text, out_shardings=replicated(mesh))
 
     def use(self, params, model_state) -> "Encoder":
-        self._params, self._model_state = params, model_state
-        return self
+        """One of these variables, by the same compiled programs."""
+        other = copy.copy(self)
+        other._params, other._model_state = params, model_state
+        return other
 
     def encode_image(self, images: np.ndarray) -> np.ndarray:
         """uint8 [N, H, W, 3] -> float32 [N, D], unit rows."""
@@ -51,6 +64,10 @@ class Encoder:
     def encode_text(self, tokens: np.ndarray) -> np.ndarray:
         """int32 [N, L] -> float32 [N, D], unit rows."""
         return self._batched(self._text, "tokens", tokens)
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """N texts -> float32 [N, D], unit rows."""
+        return self.encode_text(self.tokenizer.encode(texts, self.context))
 
     def _batched(self, encode, name: str, rows: np.ndarray) -> np.ndarray:
         features = []

@@ -6,12 +6,15 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
+
+from declip_jax.files import write_text
 
 
 class MetricWriter:
@@ -24,7 +27,8 @@ class MetricWriter:
     def __init__(self, workdir: Path, resume_step: int):
         path = workdir / "metrics.jsonl"
         if path.exists():
-            _drop_after(path, resume_step)
+            kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._jsonl = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1, write_to_disk=True)
 
@@ -63,13 +67,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _drop_after(path: Path, step: int) -> None:
-    kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
-
-
 class Meter:
     """Averages the steps' metrics between two reports and measures throughput.
 
@@ -89,9 +86,12 @@ class Meter:
         self._data_seconds = 0.0
         self._start = time.perf_counter()
 
-    def waited(self, seconds: float) -> None:
-        """Counts `seconds` that the loop spent waiting for a batch."""
-        self._data_seconds += seconds
+    def wait(self, batches: Iterator[Any]) -> Any:
+        """The next batch; counts the time that is spent waiting for it."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self._data_seconds += time.perf_counter() - start
+        return batch
 
     def discount(self, seconds: float) -> None:
         """Leaves `seconds` out of the window, e.g. those spent compiling."""

@@ -1,14 +1,15 @@
 """The optimizer: learning-rate schedules, parameter groups by name, AdamW, LAMB and SGD."""
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from declip_jax.hints import did_you_mean
 from declip_jax.parallel import rules
+from declip_jax.section import Section, at_least, between, one_of, option
 
 # How schedules rise from 0 to 1 and fall from there, by their share of the way: 0 … 1.
 _SHAPES = {
@@ -23,18 +24,48 @@ _SHAPES = {
 _SWING = 0.05
 
 
-def make_schedule(config) -> optax.Schedule:
-    """Warm-up from `warmup_lr` to `peak_lr`, then the decay that `config.optim.schedule` names.
+class Optim(Section):
+    """The section `config.optim`; configs/common.py tells of each field."""
+
+    name: str = one_of("adamw", "lamb", "sgd")
+    peak_lr: float = at_least(0)
+    warmup_lr: float = at_least(0)
+    warmup_steps: int = at_least(0)
+    schedule: str = one_of(*_SHAPES)
+    end_lr: float = at_least(0)
+    b1: float = between(0, 1, below=True)
+    b2: float = between(0, 1, below=True)
+    eps: float = at_least(0)
+    momentum: float = between(0, 1, below=True)
+    weight_decay: float = at_least(0)
+    decay_rules: tuple[tuple[str, bool], ...] = option(
+        expected="pairs (pattern, True or False); a single one has a comma after it, as "
+        "(('kernel$', True),)"
+    )
+    lr_rules: tuple[tuple[str, float], ...] = option(
+        rule=lambda rules: "has a factor below 0" if any(f < 0 for _, f in rules) else "",
+        expected="pairs (pattern, factor); a single one has a comma after it, as (('', 1.0),)",
+    )
+    frozen: tuple[str, ...]
+    clip_norm: float = at_least(0)
+
+    def check(self, where: str) -> None:
+        if self.schedule == "one_cycle" and not _SWING <= self.b1 < 1 - _SWING:
+            raise ValueError(
+                f"{where}.b1={self.b1} must lie in {_SWING} … {1 - _SWING} with "
+                f"{where}.schedule='one_cycle', which moves it by {_SWING} either way."
+            )
+
+
+def make_schedule(optim: Optim, total_steps: int) -> optax.Schedule:
+    """Warm-up from `warmup_lr` to `peak_lr`, then the decay that `schedule` names.
 
     With w warm-up steps of T, the n-th step (from 1) is (n - 1)/(w - 1) of the way up, and after
     the warm-up (n - w)/(T - w) of the way down to `end_lr`. The way up is linear; that of
     "one_cycle" is a cosine, as that of torch's OneCycleLR, whose settings are
     w = pct_start · T, warmup_lr = max_lr / div_factor and end_lr = warmup_lr / final_div_factor.
-
-    Raises:
-      ValueError: unknown schedule, or a warm-up longer than the run.
     """
-    optim, height = config.optim, _height(config)
+    height = _height(optim, total_steps)
 
     def learning_rate(count):  # count: updates done before this one
         start = jnp.where(count < optim.warmup_steps, optim.warmup_lr, optim.end_lr)
@@ -43,21 +74,14 @@ def make_schedule(config) -> optax.Schedule:
     return learning_rate
 
 
-def _height(config) -> Callable:
+def _height(optim: Optim, total_steps: int) -> Callable:
     """Returns height(count), 0 at the ends of the schedule and 1 at its peak."""
-    schedule, warmup, total = config.optim.schedule, config.optim.warmup_steps, config.total_steps
-    if schedule not in _SHAPES:
-        raise ValueError(f"config.optim.schedule={schedule!r} is not one of {sorted(_SHAPES)}.")
-    if not 0 <= warmup <= total:
-        raise ValueError(
-            f"config.optim.warmup_steps={warmup} must lie between 0 and config.total_steps={total}."
-        )
-    rise, fall = _SHAPES[schedule]
+    warmup, (rise, fall) = optim.warmup_steps, _SHAPES[optim.schedule]
 
     def height(count):
         n = count + 1
         up = (n - 1) / max(warmup - 1, 1)
-        down = jnp.minimum((n - warmup) / max(total - warmup, 1), 1.0)
+        down = jnp.minimum((n - warmup) / max(total_steps - warmup, 1), 1.0)
         return jnp.where(n <= warmup, rise(up), fall(down))
 
     return height
@@ -68,42 +92,32 @@ def _check_patterns(patterns: Iterable[str], params: Any, what: str) -> None:
     names = [rules.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in patterns:
         if not any(map(rules.compile_pattern(pattern, what).search, names)):
-            close = difflib.get_close_matches(pattern, names, n=1, cutoff=0)
-            raise ValueError(f"{what}: {pattern!r} finds no parameter; did you mean {close[0]!r}?")
+            hint = did_you_mean(pattern, names, cutoff=0)
+            raise ValueError(f"{what}: {pattern!r} finds no parameter.{hint}")
 
 
-def frozen_mask(config, params: Any) -> Any:
-    """True for parameters found by a pattern of `config.optim.frozen`: no gradient, no update.
+def frozen_mask(patterns: Sequence[str], params: Any) -> Any:
+    """True for parameters found by a pattern of `frozen`: no gradient, no update.
 
     Raises:
       ValueError: a pattern that finds no parameter.
     """
-    _check_patterns(config.optim.frozen, params, "config.optim.frozen")
-    frozen = [(pattern, True) for pattern in config.optim.frozen]
+    _check_patterns(patterns, params, "config.optim.frozen")
+    frozen = [(pattern, True) for pattern in patterns]
     return rules.match(params, [*frozen, ("", False)], "config.optim.frozen")
 
 
-def _lr_factors(config, params: Any) -> Any:
-    """What multiplies each parameter's learning rate, by `config.optim.lr_rules`."""
-    what, lr_rules = "config.optim.lr_rules", config.optim.lr_rules
-    for pattern, factor in lr_rules:
-        if factor < 0:
-            raise ValueError(f"{what}: the factor {factor} of {pattern!r} must be at least 0.")
-    _check_patterns([pattern for pattern, _ in lr_rules], params, what)
-    return rules.match(params, lr_rules, what)
+def _lr_factors(lr_rules: Sequence[tuple[str, float]], params: Any) -> Any:
+    """What multiplies each parameter's learning rate."""
+    _check_patterns([pattern for pattern, _ in lr_rules], params, "config.optim.lr_rules")
+    return rules.match(params, lr_rules, "config.optim.lr_rules")
 
 
-def _adam(config) -> optax.GradientTransformation:
+def _adam(optim: Optim, total_steps: int) -> optax.GradientTransformation:
     """Adam's direction, whose b1 moves against the learning rate with "one_cycle"."""
-    optim = config.optim
     if optim.schedule != "one_cycle":
         return optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
-    if not _SWING <= optim.b1 < 1 - _SWING:
-        raise ValueError(
-            f"config.optim.b1={optim.b1} must lie in {_SWING} … {1 - _SWING} with "
-            f"config.optim.schedule='one_cycle', which moves it by {_SWING} either way."
-        )
-    height = _height(config)
+    height = _height(optim, total_steps)
 
     def update(updates, state, params=None):
         b1 = optim.b1 + _SWING * (1 - 2 * height(state.count))
@@ -130,7 +144,9 @@ def _scale_by_trust_ratio() -> optax.GradientTransformation:
     )
 
 
-def make_optimizer(config, params: Any) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(
+    optim: Optim, total_steps: int, params: Any
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optax chain of a run.
 
     "adamw" is Loshchilov and Hutter's (https://arxiv.org/abs/1711.05101). "lamb" is You et al.'s
@@ -139,44 +155,40 @@ def make_optimizer(config, params: Any) -> tuple[optax.GradientTransformation, o
     Nesterov momentum and adds the decay to the gradient, as torch.optim.SGD does.
 
     Args:
-      config: the run's configuration; reads `optim` and `total_steps`.
+      optim: the section of the configuration.
+      total_steps: of the run.
       params: the parameters, or their ShapeDtypeStructs.
 
     Returns:
       The transformation and its learning-rate schedule.
 
     Raises:
-      ValueError: a setting that is unknown or out of range. The transformation's `init` raises it
-        for a parameter that no rule of `config.optim.decay_rules` covers.
+      ValueError: a pattern that finds no parameter. The transformation's `init` raises it for a
+        parameter that no rule of `decay_rules` covers.
     """
-    optim = config.optim
-    for name in ("peak_lr", "warmup_lr", "end_lr", "eps", "weight_decay", "clip_norm"):
-        if optim[name] < 0:
-            raise ValueError(f"config.optim.{name}={optim[name]} must be at least 0.")
-    for name in ("b1", "b2", "momentum"):
-        if not 0 <= optim[name] < 1:
-            raise ValueError(f"config.optim.{name}={optim[name]} must lie in 0 … 1, below 1.")
-    schedule = make_schedule(config)
+    schedule = make_schedule(optim, total_steps)
 
     def decays(tree):
         return rules.match(tree, optim.decay_rules, "config.optim.decay_rules")
 
     decay = optax.add_decayed_weights(optim.weight_decay, decays)
     directions = {
-        "adamw": lambda: (_adam(config), decay),
-        "lamb": lambda: (_adam(config), decay, optax.masked(_scale_by_trust_ratio(), decays)),
+        "adamw": lambda: (_adam(optim, total_steps), decay),
+        "lamb": lambda: (
+            _adam(optim, total_steps),
+            decay,
+            optax.masked(_scale_by_trust_ratio(), decays),
+        ),
         "sgd": lambda: (decay, optax.trace(optim.momentum, nesterov=True)),
     }
-    if optim.name not in directions:
-        raise ValueError(f"config.optim.name={optim.name!r} is not one of {sorted(directions)}.")
     update = optax.chain(*directions[optim.name](), optax.scale_by_learning_rate(schedule))
 
-    factors = _lr_factors(config, params)
+    factors = _lr_factors(optim.lr_rules, params)
     groups = {True: optax.set_to_zero(), False: update}
     return (
         optax.chain(
             optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
-            optax.partition(groups, frozen_mask(config, params)),
+            optax.partition(groups, frozen_mask(optim.frozen, params)),
             optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors)),
         ),
         schedule,

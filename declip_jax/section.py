@@ -16,7 +16,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 from declip_jax.hints import did_you_mean
@@ -102,13 +102,18 @@ def between(
     below: bool = False,
 ) -> Any:
     """A number from `low` to `high`; above `low`, below `high` if so told."""
-    edges = f", above {low}" if above else f", below {high}" if below else ""
+    edges = (f", above {low}" if above else "") + (f", below {high}" if below else "")
 
     def rule(given) -> str:
         inside = low <= given <= high and not (above and given == low or below and given == high)
         return "" if inside else f"must lie in {low} … {high}{edges}"
 
     return option(value, rule=rule)
+
+
+def positive(value: Any = dataclasses.MISSING) -> Any:
+    """A number above 0."""
+    return option(value, rule=lambda given: "" if given > 0 else "must be above 0")
 
 
 def one_of(*known: str, value: Any = dataclasses.MISSING) -> Any:

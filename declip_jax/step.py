@@ -1,5 +1,6 @@
 """The training step and what it is built from. It knows no method by name."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,32 +10,41 @@ import optax
 from jax.sharding import Mesh
 
 from declip_jax import augment, methods, optim
+from declip_jax.config import Config
 from declip_jax.data.pipeline import TrainBatches, train_batches
 from declip_jax.data.sources import Source
+from declip_jax.data.tokenizer import CLIP_TOKENIZER
 from declip_jax.parallel import rules
-from declip_jax.parallel.mesh import make_mesh
+from declip_jax.parallel.mesh import check_batch_size, make_mesh
 from declip_jax.state import TrainState
 
 
-def make_init(method: methods.Method, tx: optax.GradientTransformation, config):
-    """Returns init() -> TrainState, a pure function of `config.seed`."""
+def make_init(method: methods.Method, tx: optax.GradientTransformation, seed: int, ema: bool):
+    """Returns init() -> TrainState, a pure function of the seed."""
 
     def init() -> TrainState:
-        init_rng, step_rng = jax.random.split(jax.random.PRNGKey(config.seed))
+        init_rng, step_rng = jax.random.split(jax.random.PRNGKey(seed))
         params, model_state = method.init(init_rng)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=tx.init(params),
             model_state=model_state,
-            ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
+            ema=jax.tree.map(jnp.copy, params) if ema else None,
             rng=step_rng,
         )
 
     return init
 
 
-def make_train_step(method: methods.Method, tx, schedule, frozen: Any, config):
+def make_train_step(
+    method: methods.Method,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    frozen: Any,
+    augment_batch: Callable[[jax.Array, jax.Array], jax.Array],
+    ema_decay: float = 0.0,
+):
     """Returns step(state, batch) -> (state, metrics), to be jitted with the state donated.
 
     Args:
@@ -42,20 +52,18 @@ def make_train_step(method: methods.Method, tx, schedule, frozen: Any, config):
       tx: the optimizer.
       schedule: its learning rate, for the metrics.
       frozen: True for each parameter that takes no gradient.
-      config: the run's configuration.
+      augment_batch: (key, uint8 [B, V, H, W, 3]) -> normalized float [B, V, H, W, 3].
+      ema_decay: of the moving average of the parameters, if the state has one.
     """
-    views = [config.views[name] for name in method.views.image]
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         augment_rng, loss_rng = jax.random.split(jax.random.fold_in(state.rng, state.step))
-        images = augment.augment(
-            augment_rng, batch["image"], views, config.image_mean, config.image_std
-        )
+        batch = {**batch, "image": augment_batch(augment_rng, batch["image"])}
 
         def loss(params):
             # Frozen parameters are constants: XLA then drops their part of the backward pass.
             params = jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
-            return method.loss(params, state.model_state, {**batch, "image": images}, loss_rng)
+            return method.loss(params, state.model_state, batch, loss_rng)
 
         (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -63,7 +71,7 @@ def make_train_step(method: methods.Method, tx, schedule, frozen: Any, config):
         params = jax.tree.map(lambda p, old, f: old if f else p, params, state.params, frozen)
         ema = state.ema
         if ema is not None:
-            ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
+            ema = optax.incremental_update(params, ema, 1 - ema_decay)
         metrics = {
             **aux.metrics,
             "learning_rate": schedule(state.step),
@@ -85,19 +93,40 @@ def make_train_step(method: methods.Method, tx, schedule, frozen: Any, config):
 class Setup:
     """All that is built from the configuration before anything runs.
 
+    Args:
+      config: a `Config`, or the ConfigDict that it is read from.
+      devices: of the mesh; default: all.
+
     Attributes:
+      config: the `Config`.
+      tokenizer: of captions.
       method, mesh, tx, schedule, frozen: see the modules that make them.
       abstract_state: the TrainState's shapes, dtypes and shardings.
+
+    Raises:
+      ValueError: naming the field, its value, and what was expected.
     """
 
-    def __init__(self, config, devices=None):
-        self.config = config
+    def __init__(self, config: Any, devices=None):
+        self.config = config = Config.read(config)
+        self.tokenizer = CLIP_TOKENIZER
         self.mesh: Mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-        self.method = methods.build(config, self.mesh)
+        self.method = methods.build(
+            config.method,
+            config.model,
+            config.loss,
+            batch_size=config.batch_size,
+            microbatches=config.microbatches,
+            mesh=self.mesh,
+        )
+        names = self.method.views.image
+        if unknown := {*names} - {*config.views}:
+            raise ValueError(f"config.views lacks {sorted(unknown)}, which the method asks for.")
+        self._views = [config.views[name] for name in names]
         params, _ = jax.eval_shape(self.method.init, jax.random.PRNGKey(0))
-        self.tx, self.schedule = optim.make_optimizer(config, params)
-        self.frozen = optim.frozen_mask(config, params)
-        self._init = make_init(self.method, self.tx, config)
+        self.tx, self.schedule = optim.make_optimizer(config.optim, config.total_steps, params)
+        self.frozen = optim.frozen_mask(config.optim.frozen, params)
+        self._init = make_init(self.method, self.tx, config.seed, config.ema_decay > 0)
         abstract = jax.eval_shape(self._init)
         self.abstract_state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -113,33 +142,82 @@ class Setup:
         """A new state, born sharded."""
         return jax.jit(self._init, out_shardings=self.state_shardings)()
 
+    def augment_batch(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """uint8 [B, V, H, W, 3] of the pipeline -> float32 of the network; see `augment`."""
+        mean, std = self.config.image_mean, self.config.image_std
+        return augment.augment(key, images, self._views, mean, std)
+
     def jit_train_step(self):
-        step = make_train_step(self.method, self.tx, self.schedule, self.frozen, self.config)
+        built = self.method, self.tx, self.schedule, self.frozen
+        step = make_train_step(*built, self.augment_batch, self.config.ema_decay)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))
 
     def batches(
-        self, source: Source, start_sample: int = 0, log: Callable[[str], Any] = print
+        self,
+        source: Source,
+        start_sample: int = 0,
+        log: Callable[[str], Any] = print,
+        *,
+        batch_size: int = 0,
     ) -> TrainBatches:
-        """This process's share of the batches that the method asks for; see `train_batches`."""
+        """This process's share of the batches that the method asks for; see `train_batches`.
+
+        They have `config.batch_size` pairs, or another number that is asked for.
+        """
         config, views = self.config, self.method.views
         return train_batches(
             source,
-            image_views=[config.views[name] for name in views.image],
+            config.data,
+            image_views=self._views,
             text_views=views.text,
             resolution=config.model.image.resolution,
             context=config.model.text.context,
-            batch_size=config.batch_size,
+            batch_size=batch_size or config.batch_size,
             seed=config.seed,
-            token_lengths=() if views.padded else config.data.token_lengths,
-            mask_rate=config.data.mask_rate,
-            eda=config.data.eda,
-            synonyms=config.data.synonyms,
+            tokenizer=self.tokenizer,
+            padded=views.padded,
             start_sample=start_sample,
             shard=(jax.process_index(), jax.process_count()),
-            workers=config.data.workers,
-            threads=config.data.threads,
-            prefetch=config.data.prefetch,
-            max_bad_fraction=config.data.max_bad_fraction,
-            bad_window=config.data.bad_window,
             log=log,
+        )
+
+
+def check_training(setup: Setup) -> None:
+    """Raises ValueError, naming the field, for what only evaluation can do with."""
+    config, mesh, tokenizer = setup.config, setup.mesh, setup.tokenizer
+    check_batch_size("config.batch_size", config.batch_size, mesh)
+    check_batch_size("config.eval.batch_size", config.eval.batch_size, mesh)
+    part = config.batch_size // config.microbatches
+    parts = f"config.batch_size={config.batch_size} in config.microbatches={config.microbatches}"
+    if part % mesh.size:
+        raise ValueError(f"{parts} gives parts that cannot be divided over {mesh.size} devices.")
+    if part < 2 and "batch_stats" in setup.abstract_state.model_state:
+        raise ValueError(
+            f"{parts} leaves one example for batch normalization, which needs at least two."
+        )
+    groups = getattr(config.model.image, "bn_group_size", 0)
+    if groups and part % groups:
+        raise ValueError(
+            f"{parts} gives parts that are not a multiple of config.model.image.bn_group_size="
+            f"{groups}."
+        )
+    limits, largest = config.loss.logit_scale_range, math.log(float(jnp.finfo(jnp.float32).max))
+    if limits[1] > largest:
+        raise ValueError(
+            f"config.loss.logit_scale_range={limits}: the upper limit must be below {largest:.1f}, "
+            "above which its exponential is no float32 any more; published recipes have (3.0, 6.0)."
+        )
+    seen, trained = config.preprocess, (config.image_mean, config.image_std)
+    if config.eval.every and (seen.mean, seen.std) != trained:
+        raise ValueError(
+            f"config.eval.preprocess={config.eval.preprocess!r} normalizes images otherwise than "
+            f"config.image_mean={trained[0]} and image_std={trained[1]}, with which the run "
+            "trains: choose 'train'."
+        )
+    text = config.model.text
+    if text.vocab_size < tokenizer.vocab_size or text.eot_id != tokenizer.end:
+        raise ValueError(
+            f"config.model.text.vocab_size={text.vocab_size} and eot_id={text.eot_id} do not fit "
+            f"the tokenizer: at least {tokenizer.vocab_size} ids, of which {tokenizer.end} ends a "
+            "text."
         )

@@ -36,9 +36,7 @@ class Neighbors(NamedTuple):
     age: jax.Array
 
 
-def check(
-    size: int, devices: int, enqueued_per_step: int, neighbors: int, young_steps: int
-) -> None:
+def check(size: int, devices: int, enqueued_per_step: int, neighbors: int) -> None:
     """Raises ValueError, naming the field, for a support set that could not work.
 
     Args:
@@ -46,10 +44,9 @@ def check(
       devices: that the rows are divided over.
       enqueued_per_step: rows, of all devices together.
       neighbors: k, asked for by each query.
-      young_steps: within which a neighbor counts as young, see `metrics`.
     """
     field = f"config.loss.support_set.size={size}"
-    if size < 1 or size % devices:
+    if size % devices:
         raise ValueError(
             f"{field} cannot be divided over {devices} devices: "
             f"choose a positive multiple of {devices}."
@@ -59,13 +56,11 @@ def check(
             f"{field} is smaller than the {enqueued_per_step} rows enqueued a step, 2 × "
             "config.batch_size (augmented captions and captions): choose at least that many."
         )
-    if not 1 <= neighbors <= size:
+    if neighbors > size:
         raise ValueError(
             f"config.loss.support_set.neighbors={neighbors} must lie in 1 … {size}, the size of "
             "the set."
         )
-    if young_steps < 1:
-        raise ValueError(f"config.loss.support_set.young_steps={young_steps} must be at least 1.")
 
 
 def init(rng: jax.Array, size: int, width: int) -> State:

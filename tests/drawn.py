@@ -1,9 +1,25 @@
-"""Values for a method's variables, where compiling its `init` would take longest."""
+"""A configuration's method, and values for its variables, where compiling `init` takes longest."""
 
 import jax
 import numpy as np
 
+from declip_jax import methods
+from declip_jax.config import Config
 from declip_jax.parallel import rules
+from declip_jax.parallel.mesh import make_mesh
+
+
+def method_of(config, mesh=None):
+    """The method that a ConfigDict describes, on one device unless a mesh is given."""
+    config = Config.read(config)
+    return methods.build(
+        config.method,
+        config.model,
+        config.loss,
+        batch_size=config.batch_size,
+        microbatches=config.microbatches,
+        mesh=mesh or make_mesh(1, 1, jax.devices()[:1]),
+    )
 
 
 def draw_variables(method):

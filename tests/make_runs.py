@@ -48,12 +48,13 @@ def write_suite(folder: Path) -> None:
 
 def make_run(workdir: Path, config, steps=(1,), data="data") -> Path:
     """A run's checkpoints as training writes them, of random values."""
-    like = Setup(config, jax.devices()[:1]).abstract_state
+    setup = Setup(config, jax.devices()[:1])
+    like = setup.abstract_state
     checkpoints = Checkpoints(workdir, keep=len(steps))
     for step in steps:
         rng = np.random.default_rng(step)
         state = jax.tree.map(lambda x, rng=rng: rng.normal(size=x.shape).astype(x.dtype), like)
         state = jax.device_put(state.replace(step=np.int32(step)), like.step.sharding)
-        checkpoints.save(state, 16 * step, data, config, {})
+        checkpoints.save(state, 16 * step, data, setup.config.record(), {})
     checkpoints.close()
     return workdir

@@ -144,4 +144,4 @@ def test_same_key_same_result_and_another_key_another():
 )
 def test_settings_out_of_range_are_named(changes, named):
     with pytest.raises(ValueError, match=named.replace(".", r"\.")):
-        augment.check_view("weak", view(**changes))
+        augment.View.read(view(**changes), "config.views.weak")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -123,12 +124,14 @@ def test_csv_columns_and_splits(tmp_path):
         "a.jpg,train,hound,,a dog\n"
     )
     write_images(tmp_path, "a.jpg", "b.jpg")
-    columns = Columns("photo", ("english", "french"), ("machine",))
+    columns = Columns(image="photo", captions=("english", "french"), synthetic=("machine",))
     source = open_source(str(tmp_path / "list.csv"), "train", columns)
     assert records(source) == [("a.jpg", ["dog", "chien", "hound"])]
     assert source[0]["synthetic"] == ["a dog"]
     assert source.refused == {"empty caption": (1, ["a.jpg"])}
-    source = open_source(str(tmp_path / "list.csv"), "test", columns._replace(synthetic=()))
+    source = open_source(
+        str(tmp_path / "list.csv"), "test", dataclasses.replace(columns, synthetic=())
+    )
     assert records(source) == [("b.jpg", ["cat", "chat"])] and "synthetic" not in source[0]
     with pytest.raises(ValueError, match=r"split 'val', only of \['test', 'train'\]"):
         open_source(str(tmp_path / "list.csv"), "val", columns)

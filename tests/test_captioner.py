@@ -8,8 +8,8 @@ transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
 from declip_jax import prepare  # noqa: E402
-from declip_jax.captioner import Captioner  # noqa: E402
 from declip_jax.data.sources import open_source  # noqa: E402
+from declip_jax.prepare.captioner import Captioner  # noqa: E402
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] a photo of the dog cat man on in red".split()
 TEXT = {

@@ -177,9 +177,9 @@ class Captioner:
 
 @pytest.fixture
 def model(monkeypatch):
-    module = types.ModuleType("declip_jax.captioner")
+    module = types.ModuleType("declip_jax.prepare.captioner")
     module.Captioner = Captioner
-    monkeypatch.setitem(sys.modules, "declip_jax.captioner", module)
+    monkeypatch.setitem(sys.modules, "declip_jax.prepare.captioner", module)
     monkeypatch.setattr(Captioner, "batches", [])
 
 

@@ -5,14 +5,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import common
-from declip_jax.checkpoint import CheckpointError, Checkpoints, config_differences, to_json
+from declip_jax.checkpoint import CheckpointError, Checkpoints, config_differences
+from declip_jax.config import Config
 from declip_jax.parallel.mesh import make_mesh
 from declip_jax.parallel.rules import shardings
 from declip_jax.state import TrainState
 
 pytestmark = pytest.mark.mesh
 
-CONFIG = common.get_config("tiny")
+CONFIG = Config.read(common.get_config("tiny")).record()
 
 
 def state(step=1, width=16, seed=0, dtype=jnp.float32):
@@ -126,16 +127,17 @@ def test_config_differences_tell_the_model_from_the_rest():
     now = common.get_config("tiny").unlock()
     now.model.image.width = 64
     now.model.scan = False
-    now.model.attention = "cudnn"
+    now.model.attention, now.model.dtype = "cudnn", "bfloat16"
+    now.model.image.patch_dropout = 0.5
     now.model.heads.dense = 128
     now.optim.peak_lr = 5e-4
-    import json
-
-    model, other = config_differences(json.loads(to_json(CONFIG)), now)
+    model, other = config_differences(CONFIG, Config.read(now).record())
     assert model == ["model.image.width: 32 -> 64"]
     assert other == [
         "model.attention: 'xla' -> 'cudnn'",
+        "model.dtype: 'float32' -> 'bfloat16'",
         "model.heads.dense: 16 -> 128",
+        "model.image.patch_dropout: 0.0 -> 0.5",
         "model.scan: True -> False",
         "optim.peak_lr: 0.001 -> 0.0005",
     ]

@@ -1,6 +1,7 @@
 """Every configuration loads, is locked, and its smoke run trains; every field is read."""
 
 import contextlib
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from declip_jax import initial
-from declip_jax.data.sources import open_source
+from declip_jax import init_from
+from declip_jax.config import Config
+from declip_jax.data.sources import open_data
+from declip_jax.methods import METHODS
 from declip_jax.parallel.mesh import shard_batch
+from declip_jax.section import Section
 from declip_jax.step import Setup
 from declip_jax.train import train
 
@@ -23,8 +27,8 @@ def load(name, arg=""):
     return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
-def first_batch(setup, config):
-    batches = setup.batches(open_source(config.data.source, config.data.split))
+def first_batch(setup):
+    batches = setup.batches(open_data(setup.config.data))
     with contextlib.closing(batches):
         return shard_batch(next(batches), setup.mesh)
 
@@ -34,7 +38,7 @@ def test_smoke_run_fits_its_batches(name):
     """The step takes what the pipeline gives and returns the state's shapes; .ci/run runs it."""
     config = load(name, "tiny")
     setup = Setup(config, jax.devices()[:1])
-    batch = first_batch(setup, config)
+    batch = first_batch(setup)
     state, metrics = jax.eval_shape(setup.jit_train_step(), setup.abstract_state, batch)
     assert {"loss", "top1", "learning_rate", "grad_norm", *config.loss.weights} <= metrics.keys()
 
@@ -211,68 +215,68 @@ def test_unknown_argument():
         common.get_config("tyni")
 
 
-class Recorder:
-    """A configuration that notes which leaves are read; writing it out does not count."""
+@contextlib.contextmanager
+def reads_recorded(config):
+    """While open, `seen` has the fields of the frozen `config` that are read, by their path."""
+    places, seen = {}, set()
 
-    def __init__(self, config, seen, prefix=""):
-        self._config, self._seen, self._prefix = config, seen, prefix
+    def visit(value, place):
+        if isinstance(value, Section):
+            places[id(value)] = place
+            for field in dataclasses.fields(value):
+                visit(getattr(value, field.name), f"{place}.{field.name}")
+        elif isinstance(value, dict):
+            for name, inner in value.items():
+                visit(inner, f"{place}.{name}")
 
-    def __getitem__(self, name):
-        if "." in name:
-            head, rest = name.split(".", 1)
-            return self[head][rest]
-        value = self._config[name]
-        if isinstance(value, ConfigDict):
-            return Recorder(value, self._seen, f"{self._prefix}{name}.")
-        self._seen.add(self._prefix + name)
-        return value
+    def read(self, name):
+        if id(self) in places and name in type(self).__dataclass_fields__:
+            seen.add(f"{places[id(self)]}.{name}".removeprefix("config."))
+        return object.__getattribute__(self, name)
 
-    def __getattr__(self, name):
-        return self[name] if name in self._config else getattr(self._config, name)
-
-    def __iter__(self):
-        return iter(self._config)
-
-
-def leaves(config, prefix=""):
-    for name in config:
-        value = config[name]
-        yield from (
-            leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
-        )
+    visit(config, "config")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Section, "__getattribute__", read, raising=False)
+        # Writing it down, or making another of it, is not heeding it.
+        record = config.record()
+        patch.setattr(Config, "record", lambda self: record)
+        yield seen
 
 
-def recorded(method, weights, seen):
-    """A recorder of the common config's smoke run with another method."""
-    config = common.get_config("tiny").unlock()
-    config.method, config.loss.weights = method, weights
-    config.total_steps = 1
-    config.optim.warmup_steps = 0
-    config.eval.every = 1
-    # Operations with probability 0 are left out of the program, and so are their settings.
-    config.views.weak.update(jitter_prob=0.5, grayscale_prob=0.5, blur_prob=0.5)
-    return Recorder(config.lock(), seen)
+def leaves(section, prefix=""):
+    for name, value in vars(section).items() if isinstance(section, Section) else section.items():
+        if isinstance(value, Section) or (isinstance(value, dict) and name != "weights"):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def test_every_field_is_read_by_some_method(tmp_path):
-    seen = set()
-    state = train(recorded("clip", {"clip": 1.0}, seen), tmp_path)
-    assert int(state.step) == 1
-    others = {
-        "slip": ("clip", "simclr"),
-        "defilip": ("clip", "simsiam", "mlm", "nn_text", "filip"),
-        "alip": ("raw", "synthetic"),
-    }
-    for method, terms in others.items():
-        config = recorded(method, dict.fromkeys(terms, 1.0), seen)
-        setup = Setup(config, jax.devices()[:1])
-        # Settings are read while the step is traced.
-        setup.jit_train_step().trace(setup.abstract_state, first_batch(setup, config))
-    config = recorded("clip", {"clip": 1.0}, seen)
-    config._config.unlock().init_from = str(tmp_path)  # as a run that goes on from the first
-    initial.start(config, Setup(config, jax.devices()[:1]).init_state, print)
-    assert set(leaves(common.get_config())) - seen == set()
-    # The recorder does tell what is not read.
-    unread = set()
-    Recorder(common.get_config(), unread).optim.peak_lr  # noqa: B018
-    assert unread == {"optim.peak_lr"}
+    """Sections are made at the start; what counts is who looks at a field after that."""
+
+    def smoke(method):
+        config = common.get_config("tiny").unlock()
+        config.method = method
+        config.loss.weights = dict.fromkeys(METHODS[method].terms, 1.0)
+        config.total_steps, config.optim.warmup_steps, config.eval.every = 1, 0, 1
+        # Operations with probability 0 are left out of the program, and so are their settings.
+        config.views.weak.update(jitter_prob=0.5, grayscale_prob=0.5, blur_prob=0.5)
+        return Config.read(config)
+
+    read = set()
+    config = smoke("clip")
+    with reads_recorded(config) as seen:
+        assert int(train(config, tmp_path).step) == 1
+    read |= seen
+    for method in set(METHODS) - {"clip"}:
+        config = smoke(method)
+        with reads_recorded(config) as seen:
+            setup = Setup(config, jax.devices()[:1])
+            # Settings are read while the step is traced.
+            setup.jit_train_step().trace(setup.abstract_state, first_batch(setup))
+        read |= seen
+    config = dataclasses.replace(smoke("clip"), init_from=str(tmp_path))
+    with reads_recorded(config) as seen:
+        init_from.start(Setup(config, jax.devices()[:1]), print)
+    read |= seen
+    assert set(leaves(config)) - read == set()

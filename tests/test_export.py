@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 
 from configs import clip_rn50_yfcc15m, clip_vit_b32_yfcc15m, declip_vit_b32_yfcc15m
-from declip_jax import evaluate, export, initial
+from declip_jax import evaluate, export, exporting, init_from, trained
 from declip_jax.checkpoint import Checkpoints
 from declip_jax.interop import pretrained, reading, verify
 from declip_jax.report import cli as report
@@ -45,8 +45,8 @@ def run(tmp_path_factory):
 def exported(run, tmp_path_factory):
     """The run in DeCLIP's format, with all of its layers."""
     folder = tmp_path_factory.mktemp("exported") / "declip"
-    model = initial.read_run(run).model
-    export.export(model, "declip", folder, {})
+    model = trained.read_run(run).model
+    exporting.export(model, "declip", folder, {})
     return folder
 
 
@@ -70,9 +70,9 @@ def test_the_moving_average_is_written_unless_it_is_not_wanted(
     arguments = ["--workdir", run, "--format", "declip", "--output", tmp_path / "out", *flags]
     command(export, *arguments, monkeypatch=monkeypatch)
     printed = capsys.readouterr().out
-    assert "declip_jax.json, model.safetensors" in printed and "ViT/8 of 32 px" in printed
-    read = initial.read(tmp_path / "out").variables
-    plain, averaged = (initial.read_run(run, ema=x).model.variables for x in (False, True))
+    assert "declip_jax.json, model.safetensors" in printed and "ViT/8, 2 layers, 32 px" in printed
+    read = trained.read(tmp_path / "out").variables
+    plain, averaged = (trained.read_run(run, ema=x).model.variables for x in (False, True))
     assert_same(read, plain if ema == "--no-ema" else averaged)
     with pytest.raises(AssertionError):
         assert_same(plain, averaged)
@@ -131,12 +131,14 @@ def test_the_command_says_what_is_wrong(run, tmp_path, capsys, monkeypatch):
 def test_a_run_without_moving_average_has_none_to_write(tmp_path):
     folder = make_run(tmp_path / "run", tiny(clip_rn50_yfcc15m))
     with pytest.raises(ValueError, match="no moving average: config.ema_decay was 0"):
-        initial.read_run(folder, ema=True)
-    model = initial.read_run(folder).model
+        trained.read_run(folder, ema=True)
+    model = trained.read_run(folder).model
     assert "batch_stats" in model.variables and model.model["image"]["layers"] == (1, 1, 1, 1)
-    assert_same(evaluate.load(folder).encoder._extra["batch_stats"], model.variables["batch_stats"])
-    export.export(model, "open_clip", tmp_path / "out", {})
-    assert_same(initial.read(tmp_path / "out").variables, model.variables)
+    assert_same(
+        trained.load(folder).encoder._model_state["batch_stats"], model.variables["batch_stats"]
+    )
+    exporting.export(model, "open_clip", tmp_path / "out", {})
+    assert_same(trained.read(tmp_path / "out").variables, model.variables)
 
 
 def test_lists(run, capsys, monkeypatch):
@@ -172,7 +174,7 @@ def test_verification_compares_and_fails(run, tmp_path, capsys, monkeypatch):
     assert "Not compared: open_clip_torch cannot be imported" in printed
 
     # A library that computes what the run does, or something else.
-    original = initial.read_run(run).model
+    original = trained.read_run(run).model
     off = 0.0
 
     def same(folder, format, pixels, tokens):
@@ -200,9 +202,12 @@ def init_state(like):
 
 def start(config, devices=None):
     """The first state and what was said."""
-    lines, like = [], Setup(config, devices or jax.devices()[:1]).abstract_state
-    state = initial.start(config, init_state(like), lines.append)
-    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, like)
+    lines, setup = [], Setup(config, devices or jax.devices()[:1])
+    setup.init_state = init_state(setup.abstract_state)
+    state = init_from.start(setup, lines.append)
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(
+        lambda x: x.sharding, setup.abstract_state
+    )
     return state, lines
 
 
@@ -212,7 +217,7 @@ def test_a_run_starts_from_another_run_or_a_file_on_any_mesh(source, run, export
     path = {"run": run, "folder": exported, "file": exported / "model.safetensors"}[source]
     changes = {"mesh.data": 2, "mesh.fsdp": 4, "ema_decay": 0.5, "init_from": str(path)}
     state, lines = start(tiny(declip_vit_b32_yfcc15m, **changes), jax.devices())
-    variables = initial.read_run(run).model.variables
+    variables = trained.read_run(run).model.variables
     assert_same(state.params, variables["params"])
     assert_same(state.ema, variables["params"])
     assert_same(state.model_state["batch_stats"], variables["batch_stats"])
@@ -225,7 +230,7 @@ def test_a_run_starts_from_another_run_or_a_file_on_any_mesh(source, run, export
 def test_rows_of_tokens_that_are_missing_stay_as_they_are(exported, tmp_path):
     arrays = reading.read(exported).arrays
     # DeCLIP's order has the mask before the others, OpenAI's has none.
-    export.export(initial.read(exported), "open_clip", tmp_path / "out", {})
+    exporting.export(trained.read(exported), "open_clip", tmp_path / "out", {})
     file = tmp_path / "out" / "open_clip_model.safetensors"
     arrays = dict(reading.read(file).arrays)
     arrays["token_embedding.weight"] = arrays["token_embedding.weight"][:-1]
@@ -247,14 +252,14 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
 from configs import declip_vit_b32_yfcc15m
-from declip_jax import initial
+from declip_jax import init_from, trained
 from declip_jax.step import Setup
 config = declip_vit_b32_yfcc15m.get_config("tiny").unlock()
 config.mesh = dict(data=1, fsdp=4)
 config.init_from = sys.argv[3]
 setup = Setup(config.lock(), jax.devices())
-state = initial.start(config, setup.init_state, lambda line: None)
-file = initial.read(config.init_from).variables["params"]["text"]["token_embedding"]["embedding"]
+state = init_from.start(config, setup.init_state, lambda line: None)
+file = trained.read(config.init_from).variables["params"]["text"]["token_embedding"]["embedding"]
 for shard in state.params["text"]["token_embedding"]["embedding"].addressable_shards:
     rows = np.asarray(shard.data)
     np.testing.assert_array_equal(rows[: len(file)], file[(slice(None), *shard.index[1:])])
@@ -267,8 +272,8 @@ assert state.params["projector"]["linear1"]["kernel"].sharding.mesh.size == 4
 @pytest.mark.mesh
 def test_several_processes_start_from_a_file(exported, tmp_path):
     """Each with a part of every array; the mask's row and the heads are new."""
-    model = initial.read(exported)
-    export.export(model, "open_clip", tmp_path / "out", {})
+    model = trained.read(exported)
+    exporting.export(model, "open_clip", tmp_path / "out", {})
     arrays = dict(reading.read(tmp_path / "out").arrays)
     arrays["token_embedding.weight"] = arrays["token_embedding.weight"][:-1]
     safetensors.numpy.save_file(arrays, tmp_path / "cut.safetensors")
@@ -289,14 +294,13 @@ def test_several_processes_start_from_a_file(exported, tmp_path):
 
 
 def test_a_run_of_a_version_without_preprocess_is_read(tmp_path):
-    config = tiny(clip_vit_b32_yfcc15m)
-    like = Setup(config, jax.devices()[:1]).abstract_state
-    with config.unlocked():
-        del config.eval.preprocess
+    setup = Setup(tiny(clip_vit_b32_yfcc15m), jax.devices()[:1])
+    like, config = setup.abstract_state, setup.config.record()
+    del config["version"], config["eval"]["preprocess"]
     checkpoints = Checkpoints(tmp_path / "old")
     checkpoints.save(init_state(like)().replace(step=np.int32(1)), 16, "data", config, {})
     checkpoints.close()
-    assert initial.read_run(tmp_path / "old").model.short_side == 32
+    assert trained.read_run(tmp_path / "old").model.short_side == 32
 
 
 @pytest.mark.slow
@@ -402,7 +406,7 @@ def test_scores_of_one_model_are_not_taken_for_another_s(
     notes["preprocess"] |= {"mean": [0.1, 0.2, 0.3], "short_side": 48}
     (changed / "declip_jax.json").write_text(json.dumps(notes))
     other = tmp_path / "other"
-    export.export(initial.read_run(run, step="1").model, "declip", other, {})
+    exporting.export(trained.read_run(run, step="1").model, "declip", other, {})
     for source in (changed, other):
         with pytest.raises(SystemExit, match="has scores of another model"):
             command(evaluate, "--init", source, "--workdir", here, *task, monkeypatch=monkeypatch)
@@ -429,11 +433,11 @@ def test_scores_go_to_a_folder_called_as_the_weights(exported, tmp_path, monkeyp
     task = ["--task", "retrieval", "--data", "scenes", "--split", "test"]
     command(evaluate, "--init", "vitb32.pth.tar", *task, monkeypatch=monkeypatch)
     assert (tmp_path / "runs" / "vitb32" / "evaluations" / "step_0.csv").exists()
-    assert initial.name_of(exported / "model.safetensors") == "declip"
-    assert initial.name_of(exported) == "declip"
+    assert trained.name_of(exported / "model.safetensors") == "declip"
+    assert trained.name_of(exported) == "declip"
     for name, called in (("v1.5.pt", "v1.5"), ("checkpoint.pth.tar", tmp_path.name)):
         (tmp_path / name).touch()
-        assert initial.name_of(tmp_path / name) == called
+        assert trained.name_of(tmp_path / name) == called
 
 
 def test_evaluate_says_what_is_wrong(run, exported, tmp_path, capsys, monkeypatch):

@@ -21,13 +21,14 @@ import pytest
 from flax import linen as nn
 
 from configs import common
-from declip_jax import methods, support_set
+from declip_jax import support_set
 from declip_jax.interop import declip, pretrained, tables
 from declip_jax.interop.transfer import fit
 from declip_jax.losses import adaptive
 from declip_jax.losses.contrastive import normalize, similarity
 from declip_jax.losses.late_interaction import late_interaction
 from declip_jax.parallel.mesh import make_mesh
+from tests.drawn import method_of
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 FILES = sorted(FOLDER.glob("*.npz"))
@@ -205,7 +206,7 @@ def test_golden(file):
     golden = dict(np.load(file, allow_pickle=False))
     meta = json.loads(golden.pop("meta").tobytes())
     config = config_of(meta)
-    method = methods.build(config, MESH)
+    method = method_of(config, MESH)
     assert set(meta.get("weights", config.loss.weights)) == set(config.loss.weights)
 
     state_dict = {

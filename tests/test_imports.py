@@ -1,17 +1,23 @@
 """The package's layers: who may import whom."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
+from declip_jax.cli import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "declip_jax"
 
+# Of the standard library alone; all may use them.
+BASICS = {"digests", "files", "hints", "section"}
 # Parts of the package that each part may use besides itself; parts not named here may use all.
 ALLOWED = {
+    **{name: set() for name in BASICS},
     "losses": set(),
-    "models": set(),
+    "models": {"section"},
     "state": set(),
     "data": set(),
     "support_set": set(),
@@ -70,9 +76,10 @@ def test_import_rules(path):
         assert top not in ("configs", "tests", "tensorflow"), name
         assert top != "torch" or str(path.relative_to(PACKAGE)) in USE_TORCH, name
         if top == "declip_jax" and rest and part in ALLOWED:
-            assert rest[0] in ALLOWED[part] | {part}, f"{part} must not use {name}"
-        if part in ("losses", "models", "support_set", "state"):
-            assert top in STACK | {"declip_jax"} or top in __import__("sys").stdlib_module_names
+            assert rest[0] in ALLOWED[part] | BASICS | {part}, f"{part} must not use {name}"
+        if part in BASICS | {"losses", "models", "support_set", "state"}:
+            others = set() if part in BASICS else STACK
+            assert top in others | {"declip_jax"} or top in sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("name", sorted(USE_TORCH))
@@ -82,8 +89,8 @@ def test_torch_is_imported_where_it_is_needed_alone(name):
 
 def test_a_run_that_reads_no_tfds_data_does_not_import_tfds():
     """It takes a second, of every process."""
-    todo = [PACKAGE / f"{command}.py" for command in ("train", "evaluate", "export", "views")]
-    todo += [PACKAGE / "report" / "cli.py", PACKAGE / "data" / "pipeline.py"]
+    todo = [PACKAGE / f"{name}.py" for name in ("train", "scoring", "exporting", "drawing")]
+    todo += [PACKAGE / "report" / "page.py", PACKAGE / "data" / "pipeline.py"]
     for path in todo:  # and what these import at their start, and so on
         names = list(imports_at_start(path))
         assert not any(name.startswith("tensorflow_datasets") for name in names), path
@@ -93,13 +100,37 @@ def test_a_run_that_reads_no_tfds_data_does_not_import_tfds():
     assert PACKAGE / "data" / "records.py" in todo and PACKAGE / "evals/sets/__init__.py" in todo
 
 
-def test_no_method_imports_another():
-    shared = {"base", "__init__"}
-    names = {p.stem for p in (PACKAGE / "methods").glob("*.py")} - shared
-    for name in names:
-        for imported in imports(PACKAGE / "methods" / f"{name}.py"):
-            other = imported.removeprefix("declip_jax.methods").strip(".").split(".")[0]
-            assert other not in names - {name}, f"{name} imports {imported}"
+@pytest.mark.parametrize("command", sorted({module for module, _ in COMMANDS.values()}))
+def test_no_command_imports_another_and_nothing_imports_a_command(command):
+    for path in FILES:
+        if part_of(path) != command:
+            for name in imports(path):
+                top = name.removeprefix("declip_jax.").split(".")[0]
+                assert top != command or not name.startswith("declip_jax."), f"{path}: {name}"
+
+
+# The set-up and what stands above it; what lies below is handed the sections that it heeds.
+MAY_TAKE_THE_WHOLE_CONFIGURATION = {"config", "step", "train", "trained"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_below_the_set_up_nothing_takes_the_whole_configuration(path):
+    if "declip_jax.config" in set(imports(path)):
+        assert part_of(path) in MAY_TAKE_THE_WHOLE_CONFIGURATION
+
+
+def test_methods_share_terms_in_one_direction():
+    """Python would not mind a circle until a name is missing."""
+    uses = {}
+    for path in (PACKAGE / "methods").glob("[!_]*.py"):
+        names = [name.removeprefix("declip_jax.methods.") for name in imports(path)]
+        uses[path.stem] = {name.split(".")[0] for name in names}
+    uses = {name: used & set(uses) for name, used in uses.items()}
+    while ready := [name for name, used in uses.items() if not used]:
+        for name in ready:
+            del uses[name]
+        uses = {name: used - set(ready) for name, used in uses.items()}
+    assert not uses
 
 
 def test_every_allowed_part_exists():

@@ -11,7 +11,7 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 
 from configs import common
-from declip_jax import export, initial, methods
+from declip_jax import exporting, trained
 from declip_jax.interop import (
     declip,
     huggingface,
@@ -22,8 +22,9 @@ from declip_jax.interop import (
     verify,
     writing,
 )
+from declip_jax.interop.architecture import infer, sections
 from declip_jax.interop.transfer import fit, resized
-from declip_jax.parallel.mesh import make_mesh
+from tests.drawn import method_of
 
 IMAGES = {
     "vit": dict(kind="vit", resolution=16, patch=8, width=32, layers=3, heads=2),
@@ -63,7 +64,7 @@ def variables_of(config, seed=0):
 @functools.cache
 def shapes_of(config):
     config = ConfigDict(json.loads(config))
-    init = methods.build(config, make_mesh(1, 1, jax.devices()[:1])).init
+    init = method_of(config).init
     params, model_state = jax.eval_shape(init, jax.random.key(0))
     return {
         "params": params,
@@ -72,9 +73,10 @@ def shapes_of(config):
 
 
 def model_of(config, variables=None) -> pretrained.Pretrained:
-    """As `initial.read_run` gives it."""
+    """As `trained.read_run` gives it."""
     sizes = config.model.to_dict()
     sizes = {name: sizes[name] for name in ("embed_dim", "activation", "image", "text")}
+    sizes["image"] = sections(sizes)[0].as_dict()
     variables = variables or variables_of(config)
     mean, std, side = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), config.model.image.resolution + 2
     return pretrained.Pretrained(
@@ -242,8 +244,9 @@ def test_a_file_tells_its_layout_and_its_model(layout):
     kind = "resnet" if "conv3" in variables["params"]["image"] else "vit"
     expected = config_of(method, kind, "bias" in variables["params"]["text"]["proj"]).model
     # Heads are no shape: a head for each 64 channels is assumed, and told.
-    assert read.model["image"] | {"heads": expected.image.heads} == expected.image.to_dict()
-    assert read.model["text"] | {"heads": 3, "eot_id": 18} == expected.text.to_dict()
+    image, text = sections(expected)
+    assert read.model["image"] | {"heads": image.heads} == image.as_dict()
+    assert read.model["text"] | {"heads": 3, "eot_id": 18} == text.as_dict()
     assert read.model["embed_dim"] == 16
     known = {"declip": "quick_gelu", "openai": "quick_gelu"}.get(format)
     assert read.model["activation"] == known
@@ -327,11 +330,11 @@ def test_other_models_are_refused():
         pretrained.of_arrays(bert)
     siglip = state_dict_of("alip", format="alip") | {"logit_bias": np.zeros((), np.float32)}
     with pytest.raises(ValueError, match="unexpected: logit_bias"):
-        pretrained.of_arrays(siglip)
+        pretrained.of_arrays(siglip, format="alip")
     with pytest.raises(ValueError, match="names are those of declip, not of 'huggingface'"):
         pretrained.of_arrays(state_dict_of(), format="huggingface")
     no_patches = {n: x for n, x in state_dict_of().items() if n != "visual.conv1.weight"}
-    with pytest.raises(ValueError, match="image/patch_embed/kernel here is missing"):
+    with pytest.raises(ValueError, match="missing: visual.conv1.weight"):
         pretrained.of_arrays(no_patches)
 
 
@@ -502,8 +505,8 @@ def test_what_is_written_is_read_again_as_it_was(format, kind, tmp_path):
         config.model.image.bn_group_size = 4  # of training alone: it goes nowhere
     config.model.text.update(width=64, heads=1)
     model = model_of(config)
-    export.export(model, format, tmp_path / "out", {"step": 3})
-    read = initial.complete(initial.read(tmp_path / "out"))
+    exporting.export(model, format, tmp_path / "out", {"step": 3})
+    read = trained.complete(trained.read(tmp_path / "out"))
     assert_same(read.variables, model.variables)
     if kind == "resnet":
         model.model["image"]["bn_group_size"] = 0
@@ -512,7 +515,7 @@ def test_what_is_written_is_read_again_as_it_was(format, kind, tmp_path):
     assert (read.mean, read.std, read.short_side) == (model.mean, model.std, model.short_side)
     # Without our notes, what the libraries' own files tell is the same.
     (tmp_path / "out" / "declip_jax.json").unlink()
-    read = initial.read(tmp_path / "out", format if format == "alip" else "")
+    read = trained.read(tmp_path / "out", format if format == "alip" else "")
     assert_same(read.variables, model.variables)
     known = format in ("open_clip", "huggingface")
     assert (read.unknown == ()) == known and read.format == format
@@ -567,6 +570,106 @@ def test_what_a_format_would_compute_otherwise_is_refused():
     refused("alip", config, "there it is 'gelu'")
 
 
+@pytest.mark.parametrize("format", pretrained.FORMATS)
+def test_options_of_the_towers_are_refused_by_field(format):
+    config = config_of("clip")
+    config.model.image = dict(IMAGES["vit"], pooling="mean", positions="sincos2d")
+    with pytest.raises(ValueError) as error:
+        writing.adapt(model_of(config), format)
+    for message in (
+        f"cannot be written in the format {format!r}",
+        "config.model.image.pooling='mean', there it is 'class_token'",
+        "config.model.image.positions='sincos2d', there it is 'learned'",
+    ):
+        assert message in str(error.value)
+
+
+def test_options_of_training_alone_go_nowhere():
+    config = config_of("clip")
+    config.model.image = dict(IMAGES["vit"], patch_dropout=0.5)
+    model = model_of(config)
+    adapted, _ = writing.adapt(model, "open_clip")
+    assert_same(adapted.variables, model.variables)
+    config.model.image.patch_dropout = 0.25
+    fit(model, shapes_of(config.to_json_best_effort()), config.model)
+
+
+def test_a_model_with_other_options_is_another_model():
+    config = config_of("clip")
+    model = model_of(config)
+    config.model.image = dict(IMAGES["vit"], pooling="attention", positions="sincos2d")
+    with pytest.raises(ValueError, match="image.pooling: 'class_token' in it, 'attention' in the"):
+        fit(model, shapes_of(config.to_json_best_effort()), config.model)
+    # Of a run before there were options nothing is told of them: they are what they were.
+    sizes = {**model.model, "image": IMAGES["vit"]}
+    before = model._replace(model=sizes)
+    assert before.digest() == model.digest() != model_of(config).digest()
+    assert fit(before, shapes_of(config_of("clip").to_json_best_effort()), config_of("clip").model)
+    # Fixed positions are those of any resolution.
+    fitted, notes = resized(model_of(config), 24, 8)
+    assert notes == [] and fitted.model["image"]["resolution"] == 24
+    assert_same(fitted.variables, model_of(config).variables)
+
+
+def test_towers_are_recognized_by_their_parameters():
+    for options in (dict(pooling="mean"), dict(pooling="attention", positions="sincos2d")):
+        config = config_of("clip")
+        config.model.image = dict(IMAGES["vit"], **options)
+        image = infer(variables_of(config), "declip_jax")["image"]
+        assert options.items() <= image.items()
+    for kind, layer in (("vit", "patch_embed"), ("resnet", "conv1")):
+        variables = variables_of(config_of("clip", kind))
+        assert infer(variables, "declip_jax")["image"]["kind"] == kind
+        del variables["params"]["image"][layer]
+        with pytest.raises(ValueError, match="no array is image/patch_embed/kernel or image/conv1"):
+            infer(variables, "declip_jax")
+
+
+@pytest.mark.parametrize("name", ["class_embedding", "positional_embedding", "ln_pre.weight"])
+def test_an_array_that_a_file_lacks_is_no_option(name):
+    state_dict = {n: x for n, x in state_dict_of().items() if n != f"visual.{name}"}
+    with pytest.raises(ValueError, match=f"missing: visual.{name}$"):
+        pretrained.of_arrays(state_dict)
+
+
+def test_a_bias_of_the_logits_is_open_clip_s_alone(tmp_path):
+    config = config_of("clip")
+    config.model.init_logit_bias = -10.0
+    model = model_of(config)
+    bias = model.variables["params"]["logit_bias"]
+    for format in {*pretrained.FORMATS} - {"open_clip"}:
+        with pytest.raises(ValueError, match="config.model.init_logit_bias is set, there logits"):
+            writing.adapt(model, format)
+    exporting.export(model, "open_clip", tmp_path / "out", {})
+    file = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
+    assert file["model_cfg"]["init_logit_bias"] == float(bias)
+    (tmp_path / "out" / "declip_jax.json").unlink()
+    read = trained.read(tmp_path / "out")
+    assert_same(read.variables, model.variables)
+    # It is taken if the run has one, as a head is.
+    taken, _ = fit(read, shapes_of(config.to_json_best_effort()), with_heads_of(read, config))
+    assert taken["params"]["logit_bias"] == bias
+    config = config_of("clip")
+    like = shapes_of(config.to_json_best_effort())
+    taken, notes = fit(read, like, with_heads_of(read, config))
+    assert "logit_bias" not in taken["params"] and "left out: logit_bias" in notes
+    # Without a configuration beside it the array tells whose file it is.
+    arrays = reading.read(tmp_path / "out").arrays
+    assert pretrained.of_arrays(dict(arrays)).format == "open_clip"
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(size=(2, 16, 16, 3)).astype(np.float32)
+    tokens = np.array([[17, 3, 18, 0], [17, 3, 4, 18]], np.int32)
+    scale = np.exp(model.variables["params"]["logit_scale"])
+    found = verify.ours(model, pixels, tokens)
+    np.testing.assert_allclose(found.logits, scale * found.image @ found.text.T + bias, rtol=1e-5)
+
+
+def with_heads_of(read, config):
+    """The configuration's model with what the file tells of the end token."""
+    config.model.text.eot_id = read.model["text"]["eot_id"]
+    return config.model
+
+
 def test_only_declip_s_format_has_the_heads():
     model = model_of(config_of("declip"))
     adapted, notes = writing.adapt(model, "open_clip")
@@ -585,7 +688,7 @@ def test_ids_beyond_the_end_token_s():
     config = config_of("clip", proj_bias=False)
     config.model.text.vocab_size = 30
     model = model_of(config)
-    with pytest.raises(ValueError, match="model.text.eot_id=18 of model.text.vocab_size=30"):
+    with pytest.raises(ValueError, match="config.model.text.eot_id=18 of text.vocab_size=30"):
         writing.adapt(model, "open_clip")
     _, notes = writing.adapt(model, "huggingface")
     assert "the tokenizer stays behind: the vocabulary is another one" in notes
@@ -598,10 +701,10 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     for name in ("full", "file"):
         with pytest.raises(ValueError, match=f"{name} is not empty: nothing was written"):
-            export.export(model, "open_clip", tmp_path / name, {})
+            exporting.export(model, "open_clip", tmp_path / name, {})
     assert (tmp_path / "full" / "thesis.txt").read_text() == "five years"
     (tmp_path / "empty").mkdir()
-    export.export(model, "open_clip", tmp_path / "empty", {})
+    exporting.export(model, "open_clip", tmp_path / "empty", {})
     assert len(list((tmp_path / "empty").iterdir())) == 3
 
     def fail(*_):
@@ -609,7 +712,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(writing, "write_json", fail)
     with pytest.raises(OSError, match="disk full"):
-        export.export(model, "open_clip", tmp_path / "half", {})
+        exporting.export(model, "open_clip", tmp_path / "half", {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
 
 
@@ -629,7 +732,7 @@ def test_bad_files_are_refused_by_name(tmp_path):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message) as error:
-            initial.read(tmp_path / name)
+            trained.read(tmp_path / name)
         assert name in str(error.value)
 
     data = good.read_bytes()
@@ -654,13 +757,13 @@ def test_bad_files_are_refused_by_name(tmp_path):
 def test_a_folder_s_known_file_is_taken_and_damaged_json_is_named(tmp_path):
     save(tmp_path / "other.safetensors", {"x": np.zeros(1, np.float32)})
     save(tmp_path / "model.safetensors", state_dict_of())
-    assert initial.read(tmp_path).method == "declip"
+    assert trained.read(tmp_path).method == "declip"
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is no JSON"):
-        initial.read(tmp_path)
+        trained.read(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object"):
-        initial.read(tmp_path)
+        trained.read(tmp_path)
 
 
 BAD_JSON = {
@@ -690,10 +793,10 @@ BAD_JSON = {
 @pytest.mark.parametrize("name, changes", [(n, c) for n in BAD_JSON for c in BAD_JSON[n]])
 def test_json_that_does_not_fit_is_named(name, changes, tmp_path):
     format = "open_clip" if name == "open_clip_config.json" else "huggingface"
-    export.export(model_of(config_of("clip", proj_bias=False)), format, tmp_path / "out", {})
+    exporting.export(model_of(config_of("clip", proj_bias=False)), format, tmp_path / "out", {})
     if name != "declip_jax.json":
         (tmp_path / "out" / "declip_jax.json").unlink()
-    initial.read(tmp_path / "out")
+    trained.read(tmp_path / "out")
     file = tmp_path / "out" / name
     before = json.loads(file.read_text()) if changes and name != "declip_jax.json" else {}
     for section, value in changes.items():
@@ -701,16 +804,16 @@ def test_json_that_does_not_fit_is_named(name, changes, tmp_path):
         before[section] = {**before[section], **value} if nested else value
     file.write_text(json.dumps(before))
     with pytest.raises(ValueError, match=name):
-        initial.read(tmp_path / "out")
+        trained.read(tmp_path / "out")
 
 
 def test_notes_are_of_the_file_they_name(tmp_path):
     """Another file beside an exported one is not read by its notes."""
     config = config_of("clip", proj_bias=False)
-    export.export(model_of(config), "huggingface", tmp_path / "out", {})
+    exporting.export(model_of(config), "huggingface", tmp_path / "out", {})
     other = save(tmp_path / "out" / "other.safetensors", state_dict_of())
-    assert initial.read(other).format == "declip" and initial.read(other).mean is None
-    assert initial.read(tmp_path / "out").format == "huggingface"
+    assert trained.read(other).format == "declip" and trained.read(other).mean is None
+    assert trained.read(tmp_path / "out").format == "huggingface"
 
 
 def test_what_a_file_wants_of_images_and_we_do_otherwise_is_told():
@@ -759,24 +862,24 @@ def test_values_that_are_no_numbers_are_named(value):
 def test_a_folder_s_file_is_chosen_by_format_and_shards_are_refused(tmp_path):
     save(tmp_path / "model.safetensors", state_dict_of())
     save(tmp_path / "open_clip_model.safetensors", state_dict_of("alip", format="alip"))
-    assert initial.read(tmp_path).format == "declip"
-    assert initial.read(tmp_path, "open_clip").format == "open_clip"
+    assert trained.read(tmp_path).format == "declip"
+    assert trained.read(tmp_path, "open_clip").format == "open_clip"
     (tmp_path / "in_shards").mkdir()
     (tmp_path / "in_shards" / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="weights in several files"):
-        initial.read(tmp_path / "in_shards")
+        trained.read(tmp_path / "in_shards")
 
 
 def test_an_unknown_activation_is_asked_for(tmp_path):
     path = save(tmp_path / "w.safetensors", state_dict_of("alip", format="alip"))
     with pytest.raises(ValueError, match="does not tell the activation function"):
-        initial.complete(initial.read(path))
-    assert initial.complete(initial.read(path, "alip")).model["activation"] == "gelu"
-    model = initial.complete(initial.read(path, "openai"))
-    assert model.model["activation"] == "quick_gelu" and initial.protocol(model) == "openai"
+        trained.complete(trained.read(path))
+    assert trained.complete(trained.read(path, "alip")).model["activation"] == "gelu"
+    model = trained.complete(trained.read(path, "openai"))
+    assert model.model["activation"] == "quick_gelu" and trained.protocol(model) == "openai"
     path = save(tmp_path / "d.safetensors", state_dict_of())
-    assert initial.protocol(initial.complete(initial.read(path))) == "declip"
-    model = initial.complete(initial.read(path))
-    assert initial.protocol(model._replace(std=(1, 1, 1))) == "weights"
-    assert initial.protocol(model._replace(std=(1, 1, 1), short_side=16)) == "train"
+    assert trained.protocol(trained.complete(trained.read(path))) == "declip"
+    model = trained.complete(trained.read(path))
+    assert trained.protocol(model._replace(std=(1, 1, 1))) == "weights"
+    assert trained.protocol(model._replace(std=(1, 1, 1), short_side=16)) == "train"
     assert model.digest() != model._replace(std=(1, 1, 1)).digest()

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("open_clip")
 
 from configs import clip_vit_b32_yfcc15m, declip_vit_b32_yfcc15m  # noqa: E402
-from declip_jax import initial  # noqa: E402
+from declip_jax import trained  # noqa: E402
 from declip_jax.interop import pretrained, tables  # noqa: E402
 from declip_jax.train import train  # noqa: E402
 from tests.commands import user_environment  # noqa: E402
@@ -33,7 +33,7 @@ def tiny(experiment, workdir, changes):
     config.update_from_flattened_dict(changes)
     with open(workdir.with_suffix(".log"), "w") as log, contextlib.redirect_stdout(log):
         train(config.lock(), workdir)
-    return initial.read_run(workdir).model
+    return trained.read_run(workdir).model
 
 
 def tensors(model, format, prefix=""):

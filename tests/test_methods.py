@@ -11,23 +11,21 @@ from flax import linen as nn
 
 from configs import common
 from declip_jax import methods
+from declip_jax.config import Config
 from declip_jax.losses import contrastive
-from declip_jax.methods import base
+from declip_jax.methods import base, declip
 from declip_jax.models.batchnorm import BatchNorm
 from declip_jax.parallel import rules
 from declip_jax.parallel.mesh import make_mesh
 from declip_jax.step import Setup
-from tests.drawn import draw_variables
+from tests.drawn import draw_variables, method_of
 
 WEIGHTS = {
-    "clip": {"clip": 1.0},
-    "slip": {"clip": 1.0, "simclr": 0.5},
-    "filip": {"clip": 0.5, "filip": 1.0},
-    # SimSiam, which alone goes through batch normalization, is only looked at
-    "declip": {"clip": 0.4, "simsiam": 0.0, "mlm": 0.2, "nn_text": 0.3},
-    "defilip": {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn_text": 0.2, "filip": 0.3},
-    "alip": {"raw": 1.0, "synthetic": 0.5},
+    name: {term: 0.5 - 0.1 * number for number, term in enumerate(definition.terms)}
+    for name, definition in methods.METHODS.items()
 }
+# SimSiam, which alone goes through batch normalization, is only looked at
+WEIGHTS["declip"]["simsiam"] = 0.0
 every_method = pytest.mark.parametrize("name", WEIGHTS)
 
 BATCH, CONTEXT, EOT, MASK = 8, 16, 62, 63
@@ -48,7 +46,7 @@ def config_of(name, **changes):
 
 
 def build(name, **changes):
-    return methods.build(config_of(name, **changes), make_mesh(1, 1, jax.devices()[:1]))
+    return method_of(config_of(name, **changes))
 
 
 @functools.cache
@@ -295,12 +293,13 @@ def test_microbatches_are_encoded_one_after_the_other():
 
     def both(encode):
         def loss(params):
-            features, new = encode(params, model_state, batch)
+            features, new = encode(params, model_state, batch, jax.random.key(0))
             return jnp.cos(features["rows"]).sum() + features["sum"].sum(), (features, new)
 
         return jax.jit(jax.grad(loss, has_aux=True))(params)
 
-    def by_hand(params, model_state, batch):
+    def by_hand(params, model_state, batch, rng):
+        del rng
         parts = []
         for n in range(3):
             part, stats = network.apply(
@@ -387,7 +386,11 @@ def test_defilip_over_all_pairs_of_views():
     params, model_state = variables_of("defilip")
     batch = batch_of(method.views)
     first_pair, all_pairs = (
-        jax.jit(lambda batch, loss=loss: loss(params, model_state, batch, None)[1].metrics["filip"])
+        jax.jit(
+            lambda batch, loss=loss: loss(params, model_state, batch, jax.random.key(0))[1].metrics[
+                "filip"
+            ]
+        )
         for loss in (build("defilip").loss, method.loss)
     )
     pairs = [
@@ -449,25 +452,54 @@ def test_weighted_sum_leaves_a_term_without_weight_out():
 
 
 def test_accuracy_is_of_the_nearest_and_of_the_nearest_five():
-    accuracy = base.accuracy(jnp.array([0, 1, 4, 5, 0, 9, 3, 0]))
-    np.testing.assert_allclose([accuracy["top1"], accuracy["top5"]], [3 / 8, 6 / 8])
+    ranks = jnp.array([0, 1, 4, 5, 0, 9, 3, 0])
+    definition = methods.METHODS["clip"]._replace(rank=lambda x: ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(methods.METHODS, "clip", definition)
+        method = build("clip")
+    _, aux = method.loss(*variables_of("clip"), batch_of(method.views), jax.random.key(0))
+    np.testing.assert_allclose([aux.metrics["top1"], aux.metrics["top5"]], [3 / 8, 6 / 8])
+
+
+def test_what_several_terms_ask_for_is_computed_once():
+    calls = []
+
+    @base.once
+    def shared(x, view=0):
+        calls.append(view)
+        return object()
+
+    x, other = (base.Inputs(*[None] * 9) for _ in range(2))
+    assert shared(x) is shared(x) and shared(x, 1) is shared(x, 1)
+    assert shared(x) is not shared(x, 1) and shared(x) is not shared(other)
+    assert calls == [0, 1, 0]
 
 
 @pytest.mark.mesh
 def test_support_set_finds_neighbors_of_both_captions_and_then_takes_them_in():
-    config = config_of("declip", **{"loss.support_set.neighbors": 2, "loss.block": 8})
-    support = base.SupportSet(config, make_mesh(2, 1, jax.devices()[:2]))
-    state = jax.jit(support.init)(jax.random.key(0))
+    changes = {"loss.support_set.neighbors": 2, "loss.block": 8}
+    config = Config.read(config_of("declip", **changes))
+    mesh = make_mesh(2, 1, jax.devices()[:2])
+    state = declip.SUPPORT_SET.init(jax.random.key(0), 32, config.loss)
     assert state["rows"].shape == (64, 32)
     rng = np.random.default_rng(0)
     text, augmented = (
         np.asarray(contrastive.normalize(rng.normal(size=(BATCH, 32)).astype(np.float32)))
         for _ in range(2)
     )
-    found, found_augmented, metrics = jax.jit(support.look_up)(state, text, augmented)
+
+    @jax.jit
+    def look_up_and_enqueue(state, texts):
+        features = {"text": texts}
+        x = base.Inputs(
+            features, {}, {"support_set": state}, {}, config.model, config.loss, mesh, None, None
+        )
+        return declip.neighbors(x), declip.SUPPORT_SET.update(state, x)
+
+    texts = np.stack([text, augmented], axis=1)
+    ((found, found_augmented), metrics), after = look_up_and_enqueue(state, texts)
     for queries, neighbors in ((text, found), (augmented, found_augmented)):
         order = np.argsort(-queries @ state["rows"].T, axis=1)[:, :2]
         np.testing.assert_allclose(neighbors, np.asarray(state["rows"])[order], rtol=1e-5)
     assert metrics["nn_replaced"] == 0
-    state = jax.jit(support.enqueue)(state, text, augmented)
-    np.testing.assert_array_equal(state["rows"][: 2 * BATCH], np.concatenate([augmented, text]))
+    np.testing.assert_array_equal(after["rows"][: 2 * BATCH], np.concatenate([augmented, text]))

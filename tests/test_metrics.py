@@ -39,11 +39,17 @@ def test_event_files_hold_the_scalars(tmp_path):
 def test_meter_averages_and_measures(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
-    meter = metrics.Meter(batch_size=32, total_steps=10)
+
+    def slow_batches():
+        while True:
+            clock[0] += 0.5
+            yield {}
+
+    meter, batches = metrics.Meter(batch_size=32, total_steps=10), slow_batches()
     for loss in (1.0, 2.0, 6.0):
-        meter.waited(0.5)
+        meter.wait(batches)
         meter.add({"loss": jnp.float32(loss)})
-    clock[0] += 8.0
+    clock[0] += 6.5
     meter.discount(2.0)  # compiling
     scalars = meter.report(3)
     assert scalars["train/loss"] == 3.0

@@ -1,22 +1,31 @@
 import functools
+import math
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from ml_collections import ConfigDict
 
+from configs import common
 from declip_jax.models import transformer
 from declip_jax.models.batchnorm import BatchNorm
 from declip_jax.models.heads import Mlp, linear
 from declip_jax.models.text import real_tokens
-from declip_jax.models.two_towers import TwoTowers, two_towers
+from declip_jax.models.tower import Shapes
+from declip_jax.models.two_towers import Model, TwoTowers, two_towers
 from declip_jax.models.variants import variant
+from declip_jax.models.vit import ViT, sincos2d
+from declip_jax.parallel.rules import SHARDING_RULES, match
 
 EOT, MASK = 18, 19
 
 VIT = dict(kind="vit", resolution=16, patch=8, width=32, layers=3, heads=2)
 RESNET = dict(kind="resnet", resolution=32, width=8, layers=(1, 1, 1, 1), heads=4, bn_group_size=0)
+
+HEADS = dict(projector=8, predictor=8, simclr_hidden=8, simclr=8, dense=8)
 
 
 def config(image=VIT, text=None, **fields):
@@ -33,7 +42,9 @@ def config(image=VIT, text=None, **fields):
             attention="xla",
             image=image,
             text=text,
-            heads=dict(projector=8),
+            heads=HEADS,
+            init_logit_scale=math.log(1 / 0.07),
+            init_logit_bias=None,
         )
         | fields
     )
@@ -54,7 +65,7 @@ def both(model, images, tokens):
 def initialize(model):
     key = jax.random.key(0, impl="rbg")  # compiles in half the time
     init = functools.partial(model.init, method=both)
-    return jax.jit(init)(key, images(2, model.image.resolution), TOKENS[:, None])
+    return jax.jit(init)(key, images(2, model.image.config.resolution), TOKENS[:, None])
 
 
 def drawn(tree):
@@ -75,12 +86,12 @@ def named(tree):
 
 
 def shapes(model):
-    size = model.image.resolution
+    size = model.image.config.resolution
     return jax.eval_shape(
         functools.partial(model.init, method=both),
         jax.random.key(0),
         jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.float32),
-        jax.ShapeDtypeStruct((1, 1, model.text.context), jnp.int32),
+        jax.ShapeDtypeStruct((1, 1, model.text.config.context), jnp.int32),
     )
 
 
@@ -203,10 +214,7 @@ def stack():
             heads=2,
             causal=True,
             activation="gelu",
-            dtype=jnp.float32,
-            scan=scan,
-            remat=remat,
-            attention="xla",
+            compute=transformer.Compute(jnp.float32, scan, remat, "xla"),
             name=None,
         )
 
@@ -367,7 +375,7 @@ def test_features(image):
         jax.ShapeDtypeStruct((4, 2, 8), jnp.int32),
     )
     cells, width = {"vit": (4, 32), "resnet": (1, 256)}[image["kind"]]
-    assert model.image.token_width == width
+    assert model.image.config.token_width == width
     assert jax.tree.map(jnp.shape, features) == ((4, 3, 16), (4, 3, width), (4, 3, cells, width))
     assert jax.tree.map(jnp.shape, texts) == ((4, 2, 16), (4, 2, 8, 24))
 
@@ -568,6 +576,272 @@ def test_batch_norm_refuses_what_has_no_statistics():
         train(BatchNorm(), variables, x, views=6)
 
 
+OPTIONS = {
+    "mean": dict(pooling="mean"),
+    "attention": dict(pooling="attention"),
+    "sincos2d": dict(positions="sincos2d"),
+    "mean of fixed positions": dict(pooling="mean", positions="sincos2d"),
+    "fewer patches": dict(patch_dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_options_change_no_other_parameters(options):
+    """And a tower is found again in the shapes of its parameters, but for what is no shape."""
+    usual = named(shapes(two_towers(config()))["params"])
+    model = two_towers(config(image=VIT | options))
+    found = named(shapes(model)["params"])
+    gone = {"image/class_embedding"} if "pooling" in options else set()
+    gone |= {"image/positional_embedding"} if "positions" in options else set()
+    assert usual.keys() - found.keys() == gone
+    new = found.keys() - usual.keys()
+    assert all(name.startswith("image/map_head/") for name in new)
+    assert bool(new) == (options.get("pooling") == "attention")
+    changed = {name for name in found.keys() & usual.keys() if found[name] != usual[name]}
+    assert changed == {"image/positional_embedding"} - gone if "pooling" in options else not changed
+    image = model.image.config
+    told = ViT.recognize(Shapes({name: leaf.shape for name, leaf in found.items()}))
+    assert (told.pooling, told.positions) == (image.pooling, image.positions)
+    assert told.resolution == (224 if "positions" in options else image.resolution)
+    # Everything has a rule for its sharding and its decay.
+    match(found, SHARDING_RULES, "the rules")
+    match(found, common.get_config().optim.decay_rules, "the rules")
+
+
+def norm_of(params, x):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return x * params["scale"] + params["bias"]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_pooling_equals_numpy(pooling):
+    model = two_towers(config(image=VIT | dict(pooling=pooling)))
+    variables = drawn_variables(model)
+    features, _ = encode_image(model, variables, images(3))
+    params = jax.tree.map(np.float64, variables["params"]["image"])
+    tokens = np.float64(features.tokens[:, 0])
+    assert tokens.shape == (3, 4, 32)
+    if pooling == "mean":
+        pooled = norm_of(params["ln_post"], tokens.mean(1))
+    else:
+        x, head = norm_of(params["ln_post"], tokens), params["map_head"]
+        attn, query = head["attn"], head["query_embedding"]
+        query = np.einsum("w,whd->hd", query, attn["query"]["kernel"]) + attn["query"]["bias"]
+        key, value = (
+            np.einsum("bnw,whd->bnhd", x, attn[name]["kernel"]) + attn[name]["bias"]
+            for name in ("key", "value")
+        )
+        weights = np.exp(np.einsum("hd,bnhd->bhn", query, key) / np.sqrt(16))
+        weights /= weights.sum(-1, keepdims=True)
+        x = np.einsum("bhn,bnhd,hdw->bw", weights, value, attn["out"]["kernel"])
+        x += attn["out"]["bias"]
+        mlp = head["mlp"]
+        hidden = norm_of(head["ln"], x) @ mlp["c_fc"]["kernel"] + mlp["c_fc"]["bias"]
+        hidden = hidden / (1 + np.exp(-1.702 * hidden))
+        pooled = x + hidden @ mlp["c_proj"]["kernel"] + mlp["c_proj"]["bias"]
+    np.testing.assert_allclose(features.pooled[:, 0], pooled, rtol=1e-3, atol=1e-4)
+    embedding = pooled @ params["proj"]["kernel"]
+    np.testing.assert_allclose(features.embedding[:, 0], embedding, rtol=1e-3, atol=1e-3)
+
+
+def test_fixed_positions_are_sines_and_cosines_of_column_and_row():
+    got = sincos2d(3, 8)
+    for row in range(3):
+        for column in range(3):
+            # the frequencies are 1 and 10,000^(-1/2)
+            angles = [(column, column / 100), (row, row / 100)]
+            expected = [f(a) for pair in angles for f in (np.sin, np.cos) for a in pair]
+            np.testing.assert_allclose(got[3 * row + column], expected, atol=1e-7)
+
+
+def test_fixed_positions_are_those_of_learned_ones_that_hold_them():
+    fixed = two_towers(config(image=VIT | dict(positions="sincos2d")))
+    learned, variables = two_towers(config()), drawn_variables(fixed)
+    table = np.concatenate([np.zeros((1, 32), np.float32), sincos2d(2, 32)])
+    params = variables["params"]
+    held = {**params, "image": {**params["image"], "positional_embedding": table}}
+    one, _ = encode_image(fixed, variables, images(2))
+    other, _ = encode_image(learned, {"params": held}, images(2))
+    assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+FEWER = VIT | dict(resolution=32, patch_dropout=0.7)  # 5 of 16 patches
+
+
+def dropped(model, variables, x, key):
+    rngs = {"patch_dropout": key}
+    return model.apply(variables, x, True, method=TwoTowers.encode_image, rngs=rngs)
+
+
+def test_patches_are_left_out_in_training_alone():
+    model = two_towers(config(image=FEWER))
+    full = two_towers(config(image=FEWER | dict(patch_dropout=0.0)))
+    variables, x = drawn_variables(full), images(2, 32, views=3)
+    evaluated = jax.jit(functools.partial(model.apply, method=TwoTowers.encode_image))
+    expected = jax.jit(functools.partial(full.apply, method=TwoTowers.encode_image))
+    assert_close(evaluated(variables, x), expected(variables, x), rtol=0, atol=0)
+    with pytest.raises(flax.errors.InvalidRngError, match="patch_dropout"):
+        model.apply(variables, x, True, method=TwoTowers.encode_image)
+    # Without it no rng is asked for, and the program in training is that of evaluation.
+    programs = [
+        str(
+            jax.make_jaxpr(lambda v, x, t=t: full.apply(v, x, t, method="encode_image"))(
+                variables, x
+            )
+        )
+        for t in (True, False)
+    ]
+    assert programs[0] == programs[1]
+
+
+@pytest.mark.parametrize("pooling", ["class_token", "mean"])
+def test_the_patches_kept_are_computed_as_if_there_were_no_others(pooling):
+    image = FEWER | dict(pooling=pooling, layers=2)
+    model = two_towers(config(image=image))
+    assert model.image.config.patches_kept == 5
+    variables, x = drawn_variables(model), images(2, 32, views=2)
+    run = jax.jit(functools.partial(dropped, model))
+    got = run(variables, x, jax.random.key(1))
+    assert got.tokens.shape == (2, 2, 5, 32)
+    assert_close(run(variables, x, jax.random.key(1)), got, rtol=0, atol=0)
+    assert abs(run(variables, x, jax.random.key(2)).embedding - got.embedding).max() > 1e-3
+
+    # Of blocks that do nothing the tokens are what goes in: they tell which patches were kept.
+    params = variables["params"]["image"]
+    still = jax.tree.map(np.zeros_like, {n: params["blocks"][n] for n in ("attn", "mlp")})
+    idle = {**params, "blocks": {**params["blocks"], **still}}
+    idle = {"params": {**variables["params"], "image": idle}}
+    evaluate = functools.partial(model.apply, method=TwoTowers.encode_image)
+    all_of_them = evaluate(idle, x).tokens[..., None, :, :]  # [B, V, 1, N, w]
+    same = abs(run(idle, x, jax.random.key(1)).tokens[..., None, :] - all_of_them).max(-1) < 1e-6
+    kept = same.argmax(-1)  # [B, V, K]
+    assert (same.sum(-1) == 1).all() and all(
+        len(set(row)) == 5 for row in kept.reshape(4, 5).tolist()
+    )
+    assert len({tuple(sorted(row)) for row in kept.reshape(4, 5).tolist()}) == 4  # each its own
+
+    # The same through the blocks alone.
+    first = int(pooling == "class_token")
+    bound = {"params": params["blocks"]}
+    stack = transformer.blocks(
+        layers=2,
+        width=32,
+        heads=2,
+        causal=False,
+        activation="quick_gelu",
+        compute=transformer.Compute(jnp.float32, True, "none", "xla"),
+        name=None,
+    )
+    tokens = np.take_along_axis(np.asarray(all_of_them[..., 0, :, :]), kept[..., None], axis=2)
+    if first:
+        token = params["class_embedding"] + params["positional_embedding"][0]
+        token = np.broadcast_to(norm_of(params["ln_pre"], token), (2, 2, 1, 32))
+        tokens = np.concatenate([token, tokens], axis=2)
+    out, _ = stack.apply(bound, tokens.reshape(4, 5 + first, 32).astype(np.float32))
+    np.testing.assert_allclose(got.tokens.reshape(4, 5, 32), out[:, first:], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.mesh
+def test_which_patches_are_kept_does_not_depend_on_the_devices():
+    model = two_towers(config(image=FEWER))
+    variables, x = drawn_variables(model), images(8, 32)
+    key, found = jax.random.key(1), []
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = jax.sharding.Mesh(np.array(devices), "data")
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        run = jax.jit(
+            functools.partial(dropped, model), in_shardings=(everywhere, rows, everywhere)
+        )
+        found.append(jax.device_get(run(variables, x, key)))
+    assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+class Counting(transformer.Block):
+    """A block that carries more than x, has a field of its own, and gives something out."""
+
+    step: float
+
+    @nn.compact
+    def __call__(self, carry, mask):
+        x, extra = carry
+        gate = self.param("gate", nn.initializers.ones, (1,))
+        x, _ = super().__call__(x)
+        return (x, {"sum": extra["sum"] + self.step * gate * (x * mask).sum()}), x[0, 0, 0]
+
+
+@pytest.mark.parametrize("scan, remat", [(True, "none"), (False, "none"), (True, "full")])
+def test_a_stack_may_carry_more_than_x(scan, remat):
+    def build(block, **fields):
+        return transformer.blocks(
+            layers=3,
+            width=16,
+            heads=2,
+            causal=True,
+            activation="gelu",
+            compute=transformer.Compute(jnp.float32, scan, remat, "xla"),
+            name=None,
+            block=block,
+            **fields,
+        )
+
+    x = np.random.default_rng(0).normal(size=(2, 5, 16)).astype(np.float32)
+    mask = np.arange(5)[:, None] < 3
+    stack, carry = build(Counting, step=0.5), (x, {"sum": np.zeros(1, np.float32)})
+    params = stack.init(jax.random.key(0), carry, mask)["params"]
+    plain = build(transformer.Block)
+    expected = named(jax.eval_shape(plain.init, jax.random.key(0), x)["params"])
+    assert {n: leaf.shape for n, leaf in named(params).items()} == {
+        **{n: leaf.shape for n, leaf in expected.items()},
+        "gate": (3, 1),
+    }
+    (got, extra), first = stack.apply({"params": params}, carry, mask)
+    of_blocks = {name: params[name] for name in params if name != "gate"}
+    out, _ = plain.apply({"params": of_blocks}, x)
+    np.testing.assert_allclose(got, out, atol=1e-6)
+    one, total, firsts = x, 0.0, []
+    for layer in range(3):
+        block = transformer.Block(2, True, 0.1, "gelu", plain.compute)
+        one, _ = block.apply({"params": jax.tree.map(lambda p, n=layer: p[n], of_blocks)}, one)
+        total += 0.5 * (one * mask).sum()
+        firsts.append(one[0, 0, 0])
+    np.testing.assert_allclose(extra["sum"], [total], rtol=1e-4)
+    np.testing.assert_allclose(first, firsts, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_have_a_bias_if_it_has_a_start():
+    model = two_towers(config(init_logit_scale=np.log(10), init_logit_bias=-10))
+    params = initialize(model)["params"]
+    assert params["logit_bias"] == -10 and params["logit_scale"] == pytest.approx(np.log(10))
+    del params["logit_bias"]
+    usual = initialize(two_towers(config()))["params"]
+    assert "logit_bias" not in usual and usual["logit_scale"] == np.float32(-math.log(0.07))
+    assert_close(params["image"], usual["image"], rtol=0, atol=0)
+
+
+def test_a_network_has_the_towers_and_fields_of_its_own():
+    class Network(TwoTowers):
+        head: nn.Module
+        capacity: float
+
+    section = Model.read(config(), "config.model")
+    network = two_towers(section, Network, head=nn.Dense(3), capacity=0.2)
+    assert network.capacity == 0.2 and network.image.config == section.image
+    assert Model.read(section.as_dict(), "config.model") == section
+    assert section.compute == transformer.Compute(jnp.float32, True, "none", "xla")
+    towers = Model.read(config(image=RESNET), "config.model").image, section.image
+    assert [t.describe() for t in towers] == ["ResNet 1-1-1-1", "ViT/8, 3 layers"]
+    assert [(t.side, t.step, t.token_width) for t in towers] == [(1, 32, 256), (2, 8, 32)]
+    assert [(t.family, t.has_batch_stats, t.bn_group_size) for t in towers] == [
+        ("RN", True, 0),
+        ("ViT", False, 0),
+    ]
+    for tower in towers:
+        variables = shapes(two_towers(config(image=tower.as_dict())))
+        assert tower.first_layer in variables["params"]["image"]
+        assert ("batch_stats" in variables) == tower.has_batch_stats
+
+
 def test_bn_group_size_of_the_config_reaches_the_resnet():
     whole = two_towers(config(image=RESNET))
     grouped = two_towers(config(image=RESNET | dict(bn_group_size=2)))
@@ -586,23 +860,45 @@ def test_bn_group_size_of_the_config_reaches_the_resnet():
     [
         (
             dict(activation="relu"),
-            r"model\.activation='relu': expected one of 'quick_gelu', 'gelu'",
+            r"config\.model\.activation='relu' is not one of .*'quick_gelu', 'gelu'",
         ),
         (dict(dtype="float16"), r"model\.dtype='float16'.*bfloat16"),
         (dict(remat="some"), r"model\.remat='some'.*dots"),
-        (dict(attention="flash"), r"model\.attention='flash': expected one of 'xla', 'cudnn'"),
-        (dict(attention="cudnn"), r"model\.attention='cudnn': .*'xla' where .* no NVIDIA GPU"),
-        (dict(heads=dict(projector=0)), r"model\.heads\.projector=0: expected at least 1"),
+        (dict(attention="flash"), r"model\.attention='flash' is not one of .*'xla', 'cudnn'"),
+        (
+            dict(attention="cudnn", dtype="bfloat16"),
+            r"model\.attention='cudnn' must be 'xla' without an NVIDIA GPU",
+        ),
+        (dict(heads=HEADS | dict(projector=0)), r"model\.heads\.projector=0 must be at least 1"),
         (dict(image=VIT | dict(kind="swin")), r"model\.image\.kind='swin'.*'vit', 'resnet'"),
         (dict(image=VIT | dict(width=33)), r"model\.image\.width=33.*heads=2"),
         (dict(image=VIT | dict(resolution=20)), r"model\.image\.resolution=20.*patch=8"),
         (dict(image=VIT | dict(layers=0)), r"model\.image\.layers=0.*at least 1"),
-        (dict(image=VIT | dict(depth=3)), r"model\.image has.*'depth'.*VisionTransformer"),
+        (dict(image=VIT | dict(depth=3)), r"config\.model\.image has no field 'depth'"),
         (dict(image=RESNET | dict(resolution=48)), r"model\.image\.resolution=48.*multiple of 32"),
-        (dict(image=RESNET | dict(layers=(1, 1))), r"model\.image\.layers=\(1, 1\).*four stages"),
+        (
+            dict(image=RESNET | dict(layers=(1, 1))),
+            r"config\.model\.image\.layers=\(1, 1\): expected",
+        ),
         (dict(image=RESNET | dict(width=9)), r"model\.image\.width=9.*even"),
         (dict(image=RESNET | dict(heads=3)), r"model\.image\.heads=3.*=256"),
         (dict(image=RESNET | dict(bn_group_size=-1)), r"model\.image\.bn_group_size=-1"),
+        (
+            dict(image=VIT | dict(pooling="max")),
+            r"model\.image\.pooling='max' is not one of .*mean",
+        ),
+        (dict(image=VIT | dict(positions="rope")), r"model\.image\.positions='rope' is not one of"),
+        (
+            dict(image=VIT | dict(positions="sincos2d", width=34)),
+            r"width=34 must be a multiple of 4 with config\.model\.image\.positions='sincos2d'",
+        ),
+        (
+            dict(image=VIT | dict(patch_dropout=1.0)),
+            r"patch_dropout=1\.0 must lie in 0 … 1, below 1",
+        ),
+        (dict(image=RESNET | dict(pooling="mean")), r"config\.model\.image has no field 'pooling'"),
+        (dict(image=dict(width=3)), r"config\.model\.image\.kind=None is not one of"),
+        (dict(init_logit_bias="none"), r"config\.model\.init_logit_bias='none': expected a number"),
         (dict(text=dict(width=25)), r"model\.text\.width=25.*heads=3"),
         (dict(text=dict(eot_id=20)), r"model\.text\.eot_id=20.*vocab_size=20"),
     ],

@@ -7,12 +7,23 @@ import pytest
 
 from configs import common
 from declip_jax import optim
+from declip_jax.config import Config
 
 
 def config(**changes):
     c = common.get_config().unlock()
     c.optim.update(changes)
     return c
+
+
+def make_schedule(c):
+    c = Config.read(c)
+    return optim.make_schedule(c.optim, c.total_steps)
+
+
+def make_optimizer(c, params):
+    c = Config.read(c)
+    return optim.make_optimizer(c.optim, c.total_steps, params)
 
 
 PARAMS = {
@@ -23,7 +34,7 @@ PARAMS = {
 
 
 def test_published_schedule():
-    learning_rate = optim.make_schedule(config())  # 1e-4 to 1e-3 in 2,500 of 128,000 steps
+    learning_rate = make_schedule(config())  # 1e-4 to 1e-3 in 2,500 of 128,000 steps
     published = {1: 1e-4, 2: 1e-4 + 9e-4 / 2499, 1250: 1e-4 + 9e-4 * 1249 / 2499, 2500: 1e-3}
     for n in (2501, 65_250, 127_999, 128_000):
         published[n] = 1e-3 * (1 + math.cos(math.pi * (n - 2500) / 125_500)) / 2
@@ -37,13 +48,13 @@ def test_published_schedule():
 def test_other_schedules(schedule, middle):
     c = config(schedule=schedule, peak_lr=1.0, end_lr=0.1, warmup_steps=0)
     c.total_steps = 100
-    np.testing.assert_allclose(optim.make_schedule(c)(49), middle, rtol=1e-6)
+    np.testing.assert_allclose(make_schedule(c)(49), middle, rtol=1e-6)
 
 
 def test_warmup_of_one_step_and_of_none():
     for warmup in (0, 1):
         c = config(warmup_steps=warmup)
-        assert np.isfinite(float(optim.make_schedule(c)(0)))
+        assert np.isfinite(float(make_schedule(c)(0)))
 
 
 def torch_one_cycle(step, total, pct_start, peak):
@@ -75,7 +86,7 @@ def one_cycle(total=200, **changes):
 
 
 def test_one_cycle_rate():
-    learning_rate = optim.make_schedule(one_cycle())
+    learning_rate = make_schedule(one_cycle())
     for step in range(200):
         rate, _ = torch_one_cycle(step, 200, 0.1, 0.01)
         np.testing.assert_allclose(learning_rate(step), rate, rtol=1e-5, atol=1e-8)
@@ -84,7 +95,7 @@ def test_one_cycle_rate():
 def descend(c, start, grads):
     """The parameters after each of the updates."""
     params = {"kernel": jnp.asarray(start)}
-    tx, _ = optim.make_optimizer(c, params)
+    tx, _ = make_optimizer(c, params)
     state, seen = tx.init(params), []
     update = jax.jit(tx.update)
     for grad in grads:
@@ -164,7 +175,7 @@ def test_first_lamb_update_has_the_length_of_each_layer():
     }
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
     c = config(name="lamb", peak_lr=0.5, warmup_steps=0, schedule="constant", weight_decay=0.1)
-    tx, _ = optim.make_optimizer(c, params)
+    tx, _ = make_optimizer(c, params)
     updates, _ = tx.update(grads, tx.init(params), params)
 
     # Adam's first direction is the gradient's sign.
@@ -188,7 +199,7 @@ def test_learning_rate_rules(name):
     grads = jax.tree.map(jnp.ones_like, PARAMS)
 
     def updates(**changes):
-        tx, _ = optim.make_optimizer(config(name=name, **changes), PARAMS)
+        tx, _ = make_optimizer(config(name=name, **changes), PARAMS)
         return tx.update(grads, tx.init(PARAMS), PARAMS)[0]
 
     # The first pattern found decides.
@@ -215,26 +226,36 @@ def test_learning_rate_rules(name):
         ({"momentum": -0.1}, "config.optim.momentum=-0.1"),
         ({"peak_lr": -1.0}, "config.optim.peak_lr=-1.0 must be at least 0"),
         ({"schedule": "one_cycle", "b1": 0.97}, "config.optim.b1=0.97 must lie in 0.05 … 0.95"),
-        ({"lr_rules": (("logit", -1.0), ("", 1.0))}, "the factor -1.0 of 'logit'"),
+        (
+            {"lr_rules": (("logit", -1.0), ("", 1.0))},
+            "('', 1.0)) has a factor below 0",
+        ),
         ({"lr_rules": (("logit", 0.1),)}, "No pattern of config.optim.lr_rules covers: image/"),
         (
             {"lr_rules": (("logit_scal$", 0.1), ("", 1.0))},
-            "config.optim.lr_rules: 'logit_scal$' finds no parameter; did you mean 'logit_scale'",
+            "config.optim.lr_rules: 'logit_scal$' finds no parameter. Did you mean 'logit_scale'",
         ),
+        (
+            {"lr_rules": ("logit_scale", 0.1)},
+            "lr_rules=('logit_scale', 0.1): expected pairs",
+        ),
+        ({"lr_rules": ("ab", "cd")}, "config.optim.lr_rules=('ab', 'cd'): expected pairs"),
+        ({"decay_rules": ("kernel$",)}, "config.optim.decay_rules=('kernel$',): expected pairs"),
+        ({"decay_rules": (("kernel$", "no"),)}, "(('kernel$', 'no'),): expected pairs"),
         ({"schedule": "cosin"}, "config.optim.schedule='cosin'"),
         ({"warmup_steps": 200_000}, "config.optim.warmup_steps=200000"),
         ({"clip_norm": -1.0}, "config.optim.clip_norm"),
-        ({"frozen": ("image/patch_embd",)}, "did you mean 'image/patch_embed/kernel'"),
+        ({"frozen": ("image/patch_embd",)}, "Did you mean 'image/patch_embed/kernel'"),
     ],
 )
 def test_wrong_settings_are_named(changes, named):
     with pytest.raises(ValueError) as error:
-        optim.make_optimizer(config(**changes), PARAMS)
+        make_optimizer(config(**changes), PARAMS)
     assert named in str(error.value)
 
 
 def test_parameter_that_no_decay_rule_covers_is_refused():
-    tx, _ = optim.make_optimizer(config(), {**PARAMS, "odd": {"gamma": jnp.ones(2)}})
+    tx, _ = make_optimizer(config(), {**PARAMS, "odd": {"gamma": jnp.ones(2)}})
     with pytest.raises(
         ValueError, match="No pattern of config.optim.decay_rules covers: odd/gamma"
     ):
@@ -243,7 +264,7 @@ def test_parameter_that_no_decay_rule_covers_is_refused():
 
 def test_first_adamw_update_by_hand_with_decay_and_freezing():
     c = config(frozen=("patch_embed",), peak_lr=0.5, warmup_steps=0, schedule="constant")
-    tx, _ = optim.make_optimizer(c, PARAMS)
+    tx, _ = make_optimizer(c, PARAMS)
     grads = jax.tree.map(lambda p: jnp.full_like(p, 3.0), PARAMS)
     updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
     # After bias correction the first step is the gradient's sign; decay 0.1 · parameter where
@@ -258,8 +279,8 @@ def test_first_adamw_update_by_hand_with_decay_and_freezing():
 
 
 def test_frozen_parameters_have_no_moments():
-    frozen, _ = optim.make_optimizer(config(frozen=("patch_embed",)), PARAMS)
-    free, _ = optim.make_optimizer(config(), PARAMS)
+    frozen, _ = make_optimizer(config(frozen=("patch_embed",)), PARAMS)
+    free, _ = make_optimizer(config(), PARAMS)
     size = lambda tx: sum(x.size for x in jax.tree.leaves(tx.init(PARAMS)))  # noqa: E731
     assert size(free) - size(frozen) == 2 * 6
 
@@ -267,7 +288,7 @@ def test_frozen_parameters_have_no_moments():
 def test_clipping_bounds_the_whole_gradient():
     c = config(clip_norm=1.0, eps=1e3, weight_decay=0.0, warmup_steps=0, schedule="constant")
     c.optim.peak_lr = 1e3  # with so large an eps, the update is nearly the clipped gradient
-    tx, _ = optim.make_optimizer(c, PARAMS)
+    tx, _ = make_optimizer(c, PARAMS)
     grads = jax.tree.map(lambda p: jnp.full_like(p, 30.0), PARAMS)
     updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
     norm = np.sqrt(sum(np.sum(np.square(u)) for u in jax.tree.leaves(updates)))

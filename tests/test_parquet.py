@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources import fields as source_fields
 from declip_jax.data.sources import parquet
-from declip_jax.data.sources.base import Columns
 from declip_jax.data.sources.parquet import Parquet
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -243,7 +243,7 @@ def test_columns_that_are_missing_or_of_other_types(tmp_path):
     path = write(tmp_path / "b.parquet", two)
     refused(path, "columns.image: .* none of the usual ones .*left: struct")
     refused(path, "columns.captions: .* none of the usual ones .*caption,", Columns(image="left"))
-    assert Parquet(path, Columns("right", "alt"))[3]["key"] == "3.jpg"
+    assert Parquet(path, Columns(image="right", captions=("alt",)))[3]["key"] == "3.jpg"
 
     twice = pa.table([fields["image"], *2 * [fields["captions"]]], ["image", "alt", "alt"])
     pq.write_table(twice, tmp_path / "c.parquet")

@@ -29,13 +29,14 @@ transformers = pytest.importorskip("transformers")
 import safetensors.torch  # noqa: E402  (imports torch)
 
 from configs import clip_vit_b32_yfcc15m, common  # noqa: E402
-from declip_jax import export, initial, methods  # noqa: E402
+from declip_jax import export, exporting, trained  # noqa: E402
 from declip_jax.data.image import resize_center_crop  # noqa: E402
-from declip_jax.data.tokenizer import EOT, tokenize  # noqa: E402
+from declip_jax.data.tokenizer import CLIP_TOKENIZER  # noqa: E402
 from declip_jax.interop import declip, openai, pretrained, reading, tables, verify  # noqa: E402
 from declip_jax.interop.transfer import resized  # noqa: E402
-from declip_jax.parallel.mesh import make_mesh  # noqa: E402
+from declip_jax.models.vit import sincos2d  # noqa: E402
 from declip_jax.train import train  # noqa: E402
+from tests.drawn import method_of  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit"),  # old, as OpenAI's archives are
@@ -216,9 +217,12 @@ def test_transformers_both_ways(name, tmp_path):
     model = pretrained.read(tmp_path / "theirs")
     assert (model.format, model.method, model.unknown) == ("huggingface", "clip", ())
     assert model.model["activation"] == network.config.vision_config.hidden_act
-    assert model.model["text"]["eot_id"] == {"ViT-B/32": EOT, "largest id ends": 98}.get(name, 97)
+    assert model.model["text"]["eot_id"] == {
+        "ViT-B/32": CLIP_TOKENIZER.end,
+        "largest id ends": 98,
+    }.get(name, 97)
 
-    export.export(initial.complete(model), "huggingface", tmp_path / "ours", {})
+    exporting.export(trained.complete(model), "huggingface", tmp_path / "ours", {})
     again = transformers.CLIPModel.from_pretrained(tmp_path / "ours").eval()
     assert_same_state(again.state_dict(), network.state_dict())
     assert_same_features(model, network, again)
@@ -252,7 +256,7 @@ def test_transformers_preprocessing_is_read(whole, tmp_path):
         size={"shortest_edge": 28}, crop_size=24, image_mean=list(MEAN), image_std=list(STD)
     )
     if whole:  # a processor of images and texts, which may be one file
-        export.writing.write_tokenizer(tmp_path, 9)
+        exporting.writing.write_tokenizer(tmp_path, 9)
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
         images = transformers.CLIPProcessor(images, tokenizer)
     images.save_pretrained(tmp_path / "theirs")
@@ -274,6 +278,7 @@ OPEN_CLIP = {
     "small": SMALL,
     "small resnet": dict(SMALL, vision_cfg=SMALL_RESNET, quick_gelu=True),
     "bias of the projection": BIASED,
+    "bias of the logits": dict(SMALL, init_logit_bias=-10.0),
     "custom text": dict(SMALL, custom_text=True, quick_gelu=True),
     "custom text, bias": dict(BIASED, custom_text=True),
 }
@@ -337,7 +342,7 @@ def test_open_clip_both_ways(open_clip_model, tmp_path):
     assert (model.mean, model.std, model.short_side) == (MEAN, STD, size)
 
     folder = tmp_path / "ours"
-    export.export(model, "open_clip", folder, {})
+    exporting.export(model, "open_clip", folder, {})
     again, _, preprocess = library.create_model_and_transforms(f"local-dir:{folder}")
     assert_same_state(as_exported(again.state_dict()), as_exported(network.state_dict()))
     assert_same_features(model, network, again.eval())
@@ -347,7 +352,7 @@ def test_open_clip_both_ways(open_clip_model, tmp_path):
     assert (tuple(normalize.mean), tuple(normalize.std)) == (MEAN, STD)
     context = model.model["text"]["context"]
     ids = library.get_tokenizer(f"local-dir:{folder}")(TEXTS)
-    np.testing.assert_array_equal(ids.numpy(), tokenize(TEXTS, context))
+    np.testing.assert_array_equal(ids.numpy(), CLIP_TOKENIZER.encode(TEXTS, context))
 
 
 @pytest.mark.parametrize("open_clip_model", list(OPEN_CLIP)[3:], indirect=True)
@@ -356,8 +361,9 @@ def test_checkpoints_of_open_clip(open_clip_model, tmp_path):
     save_checkpoint(network, tmp_path / "epoch_3.pt")
     alone = pretrained.read(tmp_path / "epoch_3.pt")
     assert {*alone.unknown} == {"image.heads", "text.heads", "activation"}
-    # A bare matrix for the projection of texts may be OpenAI's, too.
-    assert alone.format == ("open_clip" if alone.model["text"]["proj_bias"] else "")
+    # A bare matrix for the projection of texts may be OpenAI's, too; a bias of the logits not.
+    biased = alone.model["text"]["proj_bias"] or network.logit_bias is not None
+    assert alone.format == ("open_clip" if biased else "")
 
     # With the configuration beside it, it is the same as any file of open_clip.
     save(network, model_cfg, tmp_path / "theirs")
@@ -366,6 +372,24 @@ def test_checkpoints_of_open_clip(open_clip_model, tmp_path):
     assert (model.format, model.unknown) == ("open_clip", ())
     assert model.digest() == pretrained.read(tmp_path / "theirs").digest()
     assert_same_variables(alone.variables, model.variables)
+
+
+def test_a_bias_of_the_logits_is_compared(tmp_path):
+    model_cfg = OPEN_CLIP["bias of the logits"]
+    network = perturbed(build(model_cfg))
+    save(network, model_cfg, tmp_path / "theirs")
+    model = pretrained.read(tmp_path / "theirs")
+    assert model.variables["params"]["logit_bias"] == network.logit_bias.item() != 0
+    export.export(model, "open_clip", tmp_path / "ours", {})
+    pixels, tokens = inputs(model.model)
+    other = verify.theirs(tmp_path / "ours", "open_clip", pixels, tokens)
+    assert verify.differences(verify.ours(model, pixels, tokens), other)["logits"] < 1e-5
+
+
+def test_fixed_positions_are_open_clip_s():
+    from open_clip.pos_embed import get_2d_sincos_pos_embed
+
+    np.testing.assert_allclose(sincos2d(5, 24), get_2d_sincos_pos_embed(24, 5), atol=1e-6)
 
 
 def test_both_activations_are_told_apart():
@@ -387,8 +411,8 @@ def test_a_checkpoint_of_open_clip_has_its_usual_activation(tmp_path):
     network = perturbed(build(dict(SMALL, vision_cfg=dict(SMALL_IMAGE, width=128, head_width=64))))
     torch.save({"epoch": 1, "state_dict": network.state_dict()}, tmp_path / "epoch_1.pt")
     with pytest.raises(ValueError, match="activation"):
-        initial.complete(pretrained.read(tmp_path / "epoch_1.pt"))
-    model = initial.complete(pretrained.read(tmp_path / "epoch_1.pt", "open_clip"))
+        trained.complete(pretrained.read(tmp_path / "epoch_1.pt"))
+    model = trained.complete(pretrained.read(tmp_path / "epoch_1.pt", "open_clip"))
     assert model.model["activation"] == "gelu"
 
 
@@ -719,7 +743,7 @@ def variables_of(method, kind):
     config.model.embed_dim = 16
     config.model.image = IMAGES[kind]
     config.model.text.update(vocab_size=20, eot_id=18, context=8, width=24, heads=3)
-    init = methods.build(config, make_mesh(1, 1, jax.devices()[:1])).init
+    init = method_of(config).init
     params, model_state = jax.eval_shape(init, jax.random.key(0))
     like = {
         "params": params,
@@ -820,7 +844,7 @@ def test_a_run_is_exported_and_verified(format, run, tmp_path, monkeypatch, caps
     assert_verified(printed, format)
 
     # Read again it is the run's model, of which only the projection's bias may be elsewhere.
-    model, again = initial.read_run(run).model, initial.read(folder)
+    model, again = trained.read_run(run).model, trained.read(folder)
     assert again.format == format and again.model["activation"] == "gelu"
     moved = format != "open_clip"
     assert ("the bias of the text projection" in printed) == moved
@@ -833,7 +857,7 @@ def test_a_run_is_exported_and_verified(format, run, tmp_path, monkeypatch, caps
 
 def test_another_program_s_model_is_exported_and_verified(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
-    texts = dict(WIDE["text_cfg"], vocab_size=EOT + 1, context_length=16)
+    texts = dict(WIDE["text_cfg"], vocab_size=CLIP_TOKENIZER.end + 1, context_length=16)
     model_cfg = dict(WIDE, text_cfg=texts)
     save(perturbed(build(model_cfg)), model_cfg, tmp_path / "theirs")
     folder = tmp_path / "out"
@@ -841,7 +865,7 @@ def test_another_program_s_model_is_exported_and_verified(tmp_path, monkeypatch,
     command(monkeypatch, *arguments, "--verify")
     assert_verified(capsys.readouterr().out, "openai")
     arrays = safetensors.numpy.load_file(folder / "model.safetensors")
-    assert [arrays[name].item() for name in openai.SIZES] == [32, 16, EOT + 1]
+    assert [arrays[name].item() for name in openai.SIZES] == [32, 16, CLIP_TOKENIZER.end + 1]
     # The sizes tell the format, whatever else is in the folder.
     (folder / "declip_jax.json").unlink()
     assert pretrained.read(folder).format == "openai"
@@ -868,7 +892,7 @@ def _change_activation(folder):
     [(_change_weights, "the same arrays"), (_change_activation, "does not compute what")],
 )
 def test_verification_finds_what_was_changed(format, change, message, run, tmp_path, monkeypatch):
-    write = export.export
+    write = exporting.export
 
     def write_and_change(model, format, folder, notes):
         written = write(model, format, folder, notes)
@@ -892,9 +916,9 @@ def photograph(height, width):
 
 
 def test_the_processor_of_transformers(run, tmp_path):
-    model = initial.read_run(run).model._replace(short_side=37)
+    model = trained.read_run(run).model._replace(short_side=37)
     size, context = model.model["image"]["resolution"], model.model["text"]["context"]
-    export.export(model, "huggingface", tmp_path / "out", {})
+    exporting.export(model, "huggingface", tmp_path / "out", {})
     processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "out")
     settings = processor.image_processor
     assert dict(settings.size)["shortest_edge"] == 37
@@ -924,6 +948,6 @@ def test_the_processor_of_transformers(run, tmp_path):
     with torch.no_grad():
         out = network(**found)
     pixels = theirs.astype(np.float32)
-    features = verify.ours(model, pixels, tokenize(TEXTS, context))
+    features = verify.ours(model, pixels, CLIP_TOKENIZER.encode(TEXTS, context))
     assert difference(features.text, out.text_embeds.numpy()) < LIMIT
     assert difference(features.image, out.image_embeds.numpy()) < LIMIT

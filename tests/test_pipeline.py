@@ -14,11 +14,14 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import ConfigDict
 
+from configs import common
 from declip_jax.data import records
-from declip_jax.data.pipeline import eval_images, train_batches
+from declip_jax.data.eval_images import eval_images
+from declip_jax.data.options import Data
+from declip_jax.data.pipeline import train_batches
 from declip_jax.data.scenes import Scenes
 from declip_jax.data.sources import Source, open_source
-from declip_jax.data.tokenizer import EOT, MASK, SOT, tokenize
+from declip_jax.data.tokenizer import CLIP_TOKENIZER
 
 VIEW = ConfigDict({"crop_scale": (0.2, 0.8), "crop_ratio": (0.5, 2.0)}).lock()
 
@@ -55,14 +58,21 @@ class Numbered(Source):
         return [f"machine {i} saw {index}" + index // 5 * " and wrote it" for i in range(2)]
 
 
+def stream(source, **changes):
+    """`train_batches` of a small model; changes are its arguments or fields of `config.data`."""
+    data = dict(common.get_config().data, threads=2, prefetch=2, token_lengths=())
+    data["eda"] = ("swap", "delete")
+    settings = dict(image_views=[VIEW], text_views=("caption",), resolution=8, context=16)
+    settings |= dict(batch_size=4, seed=0, tokenizer=CLIP_TOKENIZER)
+    data |= {name: value for name, value in changes.items() if name in data}
+    settings |= {name: value for name, value in changes.items() if name not in data}
+    return train_batches(source, Data.read(data, "config.data"), **settings)
+
+
 def batches(source, count, **changes):
     """The first `count` training batches."""
-    settings = dict(image_views=[VIEW], text_views=("caption",), resolution=8, context=16)
-    settings |= dict(batch_size=4, seed=0, threads=2, prefetch=2)
-    generator = train_batches(source, **(settings | changes))
-    result = list(islice(generator, count))
-    generator.close()
-    return result
+    with contextlib.closing(stream(source, **changes)) as generator:
+        return list(islice(generator, count))
 
 
 def joined(several):
@@ -92,7 +102,7 @@ def test_shapes_and_types():
 def test_images_and_captions_stay_together():
     batch = joined(batches(Numbered(10), 5))
     for index, tokens in zip(indices(batch), batch["tokens"][:, 0], strict=True):
-        expected = tokenize([f"caption {i} of image {index}" for i in range(3)], 16)
+        expected = CLIP_TOKENIZER.encode([f"caption {i} of image {index}" for i in range(3)], 16)
         assert (tokens == expected).all(axis=1).any()
 
 
@@ -140,14 +150,14 @@ def test_text_views_are_of_the_same_caption(all_views):
     chosen = labels >= 0
     np.testing.assert_array_equal(np.where(chosen, labels, masked), caption)
     np.testing.assert_array_equal(labels[chosen], caption[chosen])
-    assert (masked[chosen] == MASK).mean() > 0.6
-    assert not np.isin(caption[chosen], (SOT, EOT)).any()
+    assert (masked[chosen] == CLIP_TOKENIZER.mask).mean() > 0.6
+    assert not np.isin(caption[chosen], (CLIP_TOKENIZER.start, CLIP_TOKENIZER.end)).any()
 
     np.testing.assert_array_equal(np.sort(augmented), np.sort(caption))
     assert (augmented != caption).any(axis=1).all()
 
     for index, row in zip(indices(batch), synthetic, strict=True):
-        expected = tokenize(source.synthetic(index), 16)
+        expected = CLIP_TOKENIZER.encode(source.synthetic(index), 16)
         assert (row == expected).all(axis=1).any()
     assert len({row.tobytes() for row in synthetic}) > 10  # both of some images
 
@@ -157,7 +167,7 @@ def test_synonyms_come_from_the_file(all_views):
     batch = joined(batches(Numbered(10), 5, **changes))
     for index, tokens in zip(indices(batch), batch["tokens"][:, 0], strict=True):
         texts = [f"caption {i} of {w} {index}" for i in range(3) for w in ("picture", "photo")]
-        assert (tokens == tokenize(texts, 16)).all(axis=1).any()
+        assert (tokens == CLIP_TOKENIZER.encode(texts, 16)).all(axis=1).any()
 
 
 def test_other_text_views_leave_crops_and_captions_as_they_are(all_views):
@@ -207,7 +217,7 @@ def test_batches_are_cut_to_their_longest_caption(longest, context, token_length
     source = Lengths(4, longest, 5, 4)
     (batch,) = batches(source, 1, **changes)
     assert batch["tokens"].shape == (4, 1, expected) and batch["mlm_labels"].shape == (4, expected)
-    ends = (batch["tokens"][:, 0] == EOT).argmax(axis=-1)
+    ends = (batch["tokens"][:, 0] == CLIP_TOKENIZER.end).argmax(axis=-1)
     assert sorted(ends) == sorted([3, 3, 4, min(longest, context) - 1])
     assert (batch["tokens"][..., context:] == 0).all()
     assert (batch["mlm_labels"][:, context:] == -1).all()
@@ -315,7 +325,10 @@ def test_a_huge_source_needs_no_list_of_its_records():
         ),
         ({"text_views": ("synthetic",)}, "numbered has no synthetic captions.*--synthetic-column"),
         ({"shard": (0, 3)}, "batch_size=4.*3"),
-        ({"threads": -1}, "threads=-1"),
+        ({"threads": -1}, "config.data.threads=-1 must be at least 0"),
+        ({"prefetch": 1}, "config.data.prefetch=1 must be at least 2"),
+        ({"max_bad_fraction": 1.5}, "config.data.max_bad_fraction=1.5 must lie in 0 … 1"),
+        ({"bad_window": 0}, "config.data.bad_window=0"),
         ({"seed": -1}, "seed=-1"),
     ],
 )
@@ -356,22 +369,21 @@ def test_a_record_that_cannot_be_used_is_replaced(changes, all_views):
 def test_what_could_not_be_used_is_counted_and_told(workers):
     lines = []
     source = Numbered(10, damaged=(7, 2), captionless=(3,))
-    settings = dict(text_views=("caption",), resolution=8, context=16, batch_size=4, seed=0)
-    settings |= dict(image_views=[VIEW], max_bad_fraction=1.0, workers=workers, log=lines.append)
-    with contextlib.closing(train_batches(source, **settings)) as stream:
-        assert stream.metrics() == {}
+    settings = dict(max_bad_fraction=1.0, workers=workers, log=lines.append)
+    with contextlib.closing(stream(source, **settings)) as made:
+        assert made.metrics() == {}
         for _ in range(25):
-            next(stream)
-        metrics = stream.metrics()
+            next(made)
+        metrics = made.metrics()
         assert metrics["data/pairs_per_s"] > 0
         assert metrics["data/image_bytes"] == 64 * 64 * 3
         # Each of the three comes ten times, and now and then in the place of another.
         images, captions = metrics["data/bad/unreadable_image"], metrics["data/bad/no_caption"]
         assert 20 <= images <= 40 and 10 <= captions <= 20
         assert metrics["data/bad_share"] == (images + captions) / 100
-        assert stream.metrics() == {}
-        next(stream)
-        assert stream.metrics().get("data/bad/unreadable_image", 0) <= 4
+        assert made.metrics() == {}
+        next(made)
+        assert made.metrics().get("data/bad/unreadable_image", 0) <= 4
     assert len(lines) == 11 and lines[-1] == "Further records that cannot be used are only counted."
     assert {line.split(":")[0] for line in lines[:-1]} == {
         f"Cannot use record {index} of numbered" for index in (2, 3, 7)
@@ -392,7 +404,7 @@ def test_too_many_that_cannot_be_used_end_the_run():
         batches(source, 50, **(settings | {"max_bad_fraction": 0.05}))
     # The first few of a run may be bad: it is a share of the window, not of what was seen.
     batches(source, 2, **(settings | {"max_bad_fraction": 0.05}))
-    with pytest.raises(ValueError, match="config.data.max_bad_fraction=0 of a window"):
+    with pytest.raises(ValueError, match="config.data.max_bad_fraction=0.0 of a window"):
         batches(source, 5, max_bad_fraction=0)
 
 
@@ -423,17 +435,7 @@ class Deadly(Numbered):
 
 
 def test_a_killed_worker_is_fatal_and_its_records_are_named():
-    generator = train_batches(
-        Deadly(10),
-        image_views=[VIEW],
-        text_views=("caption",),
-        resolution=8,
-        context=16,
-        batch_size=4,
-        seed=0,
-        threads=1,
-        workers=2,
-    )
+    generator = stream(Deadly(10), threads=1, workers=2)
     with pytest.raises(ValueError, match="exit code -9.* had in hand: record 7 of numbered. If"):
         for _ in range(100):
             next(generator)
@@ -497,7 +499,7 @@ def test_a_prepared_source_with_synthetic_captions(tmp_path):
     assert [source[i] for i in range(5)] == stored
     changes = dict(text_views=("synthetic",), batch_size=5)
     (batch,) = batches(source, 1, **changes)
-    expected = tokenize([f"machine {i}" for i in range(5)], 16)
+    expected = CLIP_TOKENIZER.encode([f"machine {i}" for i in range(5)], 16)
     assert {row.tobytes() for row in batch["tokens"]} == {row.tobytes() for row in expected}
 
 

@@ -21,9 +21,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from declip_jax import prepare
-from declip_jax.data import image, records
-from declip_jax.prepare import filters, parallel
-from declip_jax.prepare.files import locked
+from declip_jax.data import image, parallel, records
+from declip_jax.prepare import filters
+from declip_jax.prepare.conversion import locked
 
 
 def encoded(seed: int, extension: str = ".jpg", height: int = 24, width: int = 32) -> bytes:

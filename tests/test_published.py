@@ -1,10 +1,10 @@
 import pytest
 
-from declip_jax.evals import published as module
 from declip_jax.evals import sets
-from declip_jax.evals.published import published
 from declip_jax.evals.sets import NAMES, RETRIEVAL
 from declip_jax.methods import METHODS as OURS
+from declip_jax.report import published as module
+from declip_jax.report.published import published
 
 METHODS = ("clip", "slip", "filip", "declip", "defilip", "uniclip", "hiclip", "hideclip", "alip")
 TASKS = ("zeroshot", "linear_probe", "retrieval")

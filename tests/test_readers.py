@@ -13,6 +13,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from configs import common
 from declip_jax.data import records
+from declip_jax.data.options import Data
 from declip_jax.data.sources import open_data, parquet
 from tests.test_pipeline import assert_equal, batches, indices, joined
 
@@ -122,7 +123,7 @@ def data(request, tmp_path_factory):
         settings.source = WRITERS[request.param](folder)
         if request.param == "tfds":
             settings.columns.captions = ("texts/said",)
-    return settings
+    return Data.read(settings, "config.data")
 
 
 def test_every_record_comes_once_an_epoch(data):

@@ -1,5 +1,6 @@
 """What the report says of runs, and how it looks in a real browser, without a network."""
 
+import dataclasses
 import io
 import json
 import os
@@ -17,18 +18,19 @@ from playwright import sync_api
 
 from configs import common
 from declip_jax import report
+from declip_jax.data.options import Data
 from declip_jax.data.pipeline import digest
 from declip_jax.data.sources import open_data
-from declip_jax.data.tokenizer import tokenize
+from declip_jax.data.tokenizer import CLIP_TOKENIZER
 from declip_jax.encode import Encoder
-from declip_jax.evals.results import Results
-from declip_jax.evaluate import load
 from declip_jax.report import examples, figures
 from declip_jax.report.page import write_page
 from declip_jax.report.runs import differences, load_runs
 from declip_jax.report.scores import scores, worst_classes
+from declip_jax.results import Results
 from declip_jax.step import Setup
 from declip_jax.train import train
+from declip_jax.trained import load
 from tests import make_runs as runs_for_tests
 
 HOSTILE = '<script>document.title = "taken"</script> & a "$5" cat'
@@ -168,9 +170,10 @@ def test_scores_that_are_missing_come_by_what_the_page_says_to_type(runs):
     clip = runs[1]
     typed = ["python", "-m", "declip_jax.evaluate", "--workdir", str(clip.workdir)]
     assert clip.evaluation is None and shlex.split(clip.command()) == typed
-    config = clip.config.copy_and_resolve_references().unlock()
-    config.eval.retrieval.source = ""  # then only known sets are left
-    other = clip._replace(trained=clip.trained._replace(config=config))
+    named = clip.trained.eval
+    unnamed = dataclasses.replace(named.retrieval, source="")
+    named = dataclasses.replace(named, retrieval=unnamed)  # then only known sets are left
+    other = clip._replace(trained=clip.trained._replace(eval=named))
     assert shlex.split(other.command()) == [*typed, "--suite", "all", "--data-dir", "FOLDER"]
     step, logged = clip.last_evaluation()
     assert step == 3 and 0 <= logged["val/retrieval/image_to_text_r1"] <= 1
@@ -203,7 +206,7 @@ def test_neighbors_have_the_captions_that_were_enqueued(runs):
     encode = run.trained.encoder.encode_text
 
     def encoded(captions):
-        return encode(tokenize(captions, run.config.model.text.context))
+        return encode(CLIP_TOKENIZER.encode(captions, run.trained.model.text.context))
 
     for query, rows in found:
         known = [row for row in rows if row.caption is not None]
@@ -218,7 +221,9 @@ def test_neighbors_have_the_captions_that_were_enqueued(runs):
 @pytest.mark.mesh
 def test_as_many_captions_have_neighbors_as_the_devices_share_evenly(tmp_path):
     config = runs_for_tests.declip_config(tmp_path)
-    runs_for_tests.make_run(tmp_path / "run", config, data=digest(open_data(config.data)))
+    runs_for_tests.make_run(
+        tmp_path / "run", config, data=digest(open_data(Data.read(config.data, "config.data")))
+    )
     found = examples.neighbors(load(tmp_path / "run"), captions=2, k=3)
     assert len(found) == 8
     assert all(row.caption is None for _, rows in found for row in rows)  # random rows
@@ -226,9 +231,10 @@ def test_as_many_captions_have_neighbors_as_the_devices_share_evenly(tmp_path):
 
 def test_queries_are_what_training_would_look_up_next(runs, monkeypatch):
     run = runs[0]
-    config = run.config.copy_and_resolve_references().unlock()
-    config.loss.contrast_masked = True
-    trained = run.trained._replace(config=config, setup=Setup(config))
+    config = run.trained.config
+    loss = dataclasses.replace(config.loss, contrast_masked=True)
+    config = dataclasses.replace(config, loss=loss)
+    trained = run.trained._replace(setup=Setup(config))
     seen = []
     original = Encoder.encode_text
     monkeypatch.setattr(

@@ -124,12 +124,8 @@ def _encode_image(image):
     return image[:, 0, 0, :].astype(np.float32)
 
 
-def _encode_text(tokens):
-    return tokens.astype(np.float32)
-
-
-def _tokenize(texts):
-    return np.array([[len(text), ord(text[0]), ord(text[-1])] for text in texts], np.int32)
+def _encode_texts(texts):
+    return np.array([[len(text), ord(text[0]), ord(text[-1])] for text in texts], np.float32)
 
 
 def test_collect_keeps_the_order_of_images_and_captions():
@@ -139,10 +135,10 @@ def test_collect_keeps_the_order_of_images_and_captions():
         {"image": image[2:], "captions": [["d", "ee", "f"]]},
     ]
     image_features, text_features, image_of_text = collect(
-        _encode_image, _encode_text, _tokenize, batches, prefix="of "
+        _encode_image, _encode_texts, batches, prefix="of "
     )
     np.testing.assert_array_equal(image_features, image[:, 0, 0, :])
-    expected = _tokenize(["of a", "of bb", "of c", "of d", "of ee", "of f"])
+    expected = _encode_texts(["of a", "of bb", "of c", "of d", "of ee", "of f"])
     np.testing.assert_array_equal(text_features, expected)
     np.testing.assert_array_equal(image_of_text, [0, 0, 1, 2, 2, 2])
 
@@ -151,7 +147,7 @@ def test_collect_refuses_sets_without_pairs():
     image = np.zeros((2, 2, 2, 3), np.uint8)
 
     def run(*batches):
-        collect(_encode_image, _encode_text, _tokenize, batches)
+        collect(_encode_image, _encode_texts, batches)
 
     with pytest.raises(ValueError, match="empty"):
         run()

@@ -445,7 +445,7 @@ def test_captioned_sets(tmp_path):
 
 @pytest.mark.parametrize("name, near", [("cifar", "cifar10"), ("imagenet-a", "imagenet_a")])
 def test_misspelled(name, near):
-    with pytest.raises(ValueError, match=f"set '{name}' is unknown; did you mean '{near}'"):
+    with pytest.raises(ValueError, match=f"set '{name}' is unknown. Did you mean '{near}'"):
         sets.open_set(name, "test", "")
 
 

@@ -7,19 +7,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 
 from configs import common
 from declip_jax.data import sources
+from declip_jax.data.options import Data
 from declip_jax.data.scenes import Scenes
 from declip_jax.data.sources.part import Part, part_of
 from tests.test_order import Fake
 
 
-def data(**changes) -> ConfigDict:
+def data(**changes) -> Data:
     settings = common.get_config().data
     settings.update_from_flattened_dict(changes)
-    return settings
+    return Data.read(settings, "config.data")
 
 
 def test_parts():
@@ -98,19 +98,23 @@ def test_without_weights_every_record_counts_the_same():
     [
         ({}, "config.data.source is empty.*prepare"),
         ({"source": "scenes", "mixture": ({"source": "scenes"},)}, "both set"),
-        ({"mixture": ({"sorce": "scenes"},)}, "no field 'sorce'; did you mean 'source'"),
-        ({"mixture": ({"weight": 1.0},)}, "has no 'source'"),
+        ({"mixture": ({"sorce": "scenes"},)}, "no field 'sorce'. Did you mean 'source'"),
+        ({"mixture": ({"weight": 1.0},)}, r"config.data.mixture\[0\] lacks the field 'source'"),
         (
             {"mixture": ({"source": "scenes", "columns": {"caption": ("a",)}},)},
-            "did you mean 'captions'",
+            "Did you mean 'captions'",
         ),
         (
             {"mixture": ({"source": "scenes", "weight": 1.0}, {"source": "scenes"})},
             "every source a number as its 'weight', or none",
         ),
-        ({"mixture": ({"source": "scenes", "weight": "2"},)}, r"weights \['2'\]"),
-        ({"mixture": ("scenes",)}, "expected dict.source=…., not 'scenes'.*a comma"),
-        ({"mixture": ({"source": "scenes", "columns": None},)}, "expected dict.image=…., not None"),
+        ({"mixture": ({"source": "scenes", "weight": "2"},)}, r"mixture\[0\].weight='2'.*a number"),
+        ({"mixture": ("scenes",)}, r"\('scenes',\): expected dict\(source=….*a comma"),
+        (
+            {"mixture": ({"source": "scenes", "columns": 1},)},
+            r"mixture\[0\].columns=1: expected a s",
+        ),
+        ({"columns.captions": (1,)}, r"config.data.columns.captions=\(1,\): expected a name, or"),
         (
             {"source": "scenes", "columns.captions": ("txt",)},
             r"config.data.columns.captions=\('txt',\): the fields of 'scenes' have fixed names",

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from configs import common
+from declip_jax.config import Config
+from declip_jax.data.tokenizer import CLIP_TOKENIZER
 from declip_jax.evals import sets, suite, suites
 from declip_jax.evals.cache import Cache
 from declip_jax.evals.preprocess import CLIP, IMAGENET, preprocess
-from declip_jax.evals.results import Results, read_results
+from declip_jax.results import Results, keep, read_results
 
 COLORS = {"red": (0, 0, 220), "green": (0, 200, 0), "blue": (220, 0, 0)}  # BGR, as OpenCV has it
 
@@ -21,6 +23,7 @@ class ByColor:
 
     context = 16
     mesh = None
+    tokenizer = CLIP_TOKENIZER
 
     def __init__(self):
         self.images = self.texts = 0
@@ -30,13 +33,12 @@ class ByColor:
         features = images.mean(axis=(1, 2)) + 1e-3
         return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
 
-    def encode_text(self, tokens):
-        from declip_jax.data.tokenizer import tokenize
-
+    def encode_texts(self, texts):
+        tokens = self.tokenizer.encode(texts, self.context)
         self.texts += len(tokens)
         features = np.full((len(tokens), 3), 1e-3, np.float32)
         for name, color in COLORS.items():
-            word = tokenize([name], self.context)[0, 1]
+            word = self.tokenizer.encode([name], self.context)[0, 1]
             features[(tokens == word).any(axis=1)] += np.array(color[::-1], np.float32)
         return features / np.linalg.norm(features, axis=1, keepdims=True)
 
@@ -59,7 +61,8 @@ def folder(tmp_path_factory):
 def shared(**settings):
     config = common.get_config("tiny").unlock()
     config.eval.update(settings)
-    return suite.shared(config)
+    config = Config.read(config)
+    return suite.shared(config.eval, config.preprocess)
 
 
 def score(entry, cache=None, encoder=None):
@@ -166,7 +169,7 @@ def test_of_an_interrupted_evaluation_what_was_finished_is_kept(folder, tmp_path
     found, _ = suite.run(tasks, ByColor(), stop=lambda: next(asked))
     absent = [dict(set="dtd", task="knn", why="not there")]
     for checkpoint in ("digest", "digest", "another"):  # of a run that came here again, or anew
-        suite.keep(tmp_path, 3, checkpoint, found, absent)
+        keep(tmp_path, 3, checkpoint, found, absent)
         results = Results(tmp_path, 3, checkpoint)
         known, unknown = (results.find(results.identity(task.identity())) for task in tasks)
         assert known["metrics"]["top1"] == 1.0 and unknown is None
@@ -181,7 +184,7 @@ def test_in_training_a_set_and_task_come_once(folder, tmp_path):
     config = common.get_config("tiny").unlock()
     config.eval.suite = str(path)
     with pytest.raises(ValueError, match="has more than one of"):
-        suite.build(config)
+        suite.build(Config.read(config).eval, shared())
 
 
 def test_prompts_are_encoded_once(folder, tmp_path):
@@ -218,10 +221,10 @@ def test_without_a_validation_split_a_tenth_of_the_images_is_held_out(folder):
 @pytest.mark.parametrize(
     "entry, said",
     [
-        (dict(task="zero_shot", set="cifar10"), "did you mean 'zeroshot'"),
+        (dict(task="zero_shot", set="cifar10"), "Did you mean 'zeroshot'"),
         (dict(set="cifar10"), "task=None is unknown"),
         (dict(task="zeroshot", set="cifar01"), "cifar10"),
-        (dict(task="zeroshot", source="scenes", spilt="test"), "did you mean 'split'"),
+        (dict(task="zeroshot", source="scenes", spilt="test"), "Did you mean 'split'"),
         (dict(task="few_shot", source="scenes", neighbors=3), "no setting 'neighbors'"),
         (dict(task="zeroshot"), "needs a set"),
         (dict(task="few_shot", source="scenes", shots=()), "shots="),
@@ -258,7 +261,7 @@ def test_own_suites(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=said):
             suites.load(str(path))
-    with pytest.raises(ValueError, match="did you mean 'declip'"):
+    with pytest.raises(ValueError, match="Did you mean 'declip'"):
         suites.load("deklip")
     with pytest.raises(ValueError, match="no such file"):
         suites.load(str(tmp_path / "other.py"))
@@ -297,6 +300,18 @@ def test_results_of_another_checkpoint_are_moved_aside(tmp_path):
     assert [p.name for p in (tmp_path / "evaluations").glob("*.json")] == ["other_step_3_one.json"]
 
 
+def test_a_setting_has_its_old_name_in_suites_and_in_scores_on_disk(folder, tmp_path, caplog):
+    entry = dict(task="knn", source=folder)
+    task = suite.task_of(entry | {"neighbours": 5}, shared())
+    assert task.settings == suite.task_of(entry | {"neighbors": 5}, shared()).settings
+    assert "'neighbours' is now called 'neighbors'" in caplog.text
+    assert len(caplog.records) == 1
+    Results(tmp_path, 3, "digest").add(result(task="knn", settings={"neighbours": 5}))
+    results = Results(tmp_path, 3, "digest")
+    results.add(result(task="knn", settings={"neighbors": 5}, id="b"))  # in place of it
+    assert [r["id"] for r in read_results(results.path)["results"]] == ["b"]
+
+
 def test_another_kind_of_results_file_is_left_alone(tmp_path):
     (tmp_path / "evaluations").mkdir()
     (tmp_path / "evaluations" / "step_3.json").write_text("{}")
@@ -306,17 +321,13 @@ def test_another_kind_of_results_file_is_left_alone(tmp_path):
 
 
 def test_preprocess():
-    config = common.get_config().unlock()
-    assert preprocess(config) == (256, 224, *IMAGENET)
-    config.eval.preprocess = "openai"
-    assert preprocess(config) == (224, 224, *CLIP)
-    config.eval.preprocess, config.image_mean = "train", (0.1, 0.2, 0.3)
-    assert preprocess(config) == (224, 224, (0.1, 0.2, 0.3), config.image_std)
-    config.eval.preprocess, config.model.image.resolution = "declip", 288
-    assert preprocess(config).short_side == 329
-    config.eval.preprocess = "deklip"
-    with pytest.raises(ValueError, match="config.eval.preprocess='deklip' is unknown"):
-        preprocess(config)
+    own = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    assert preprocess("declip", 224, *own) == (256, 224, *IMAGENET)
+    assert preprocess("openai", 224, *own) == (224, 224, *CLIP)
+    assert preprocess("train", 224, *own) == (224, 224, *own)
+    assert preprocess("declip", 288, *own).short_side == 329
+    with pytest.raises(ValueError, match="config.eval.preprocess='imagenet' is not one of"):
+        shared(preprocess="imagenet")
 
 
 def test_settings_are_plain_values(folder):

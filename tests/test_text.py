@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from declip_jax import prepare
-from declip_jax.data.text import EDA, STOP_WORDS, augment, load_synonyms, mask_tokens, read_wordnet
-from declip_jax.data.tokenizer import EOT, MASK, SOT, tokenize
+from declip_jax.data.options import EDA
+from declip_jax.data.text import STOP_WORDS, augment, load_synonyms, mask_tokens
+from declip_jax.data.tokenizer import CLIP_TOKENIZER
+from declip_jax.prepare.synonyms import read_wordnet
 
 # --- masking ------------------------------------------------------------------------------------
 
@@ -17,10 +19,17 @@ def many_masked(rate, rows=3000, context=40):
     tokens = np.zeros((rows, context), np.int32)
     for row in tokens:
         length = rng.integers(context - 1)
-        row[: length + 2] = [SOT, *rng.integers(SOT, size=length), EOT]
+        row[: length + 2] = [
+            CLIP_TOKENIZER.start,
+            *rng.integers(CLIP_TOKENIZER.start, size=length),
+            CLIP_TOKENIZER.end,
+        ]
         row[1 : length + 1 : 7] = 0  # an ordinary id, "!", before the end
     before = tokens.copy()
-    pairs = [mask_tokens(row, rate, np.random.default_rng((7, i))) for i, row in enumerate(tokens)]
+    pairs = [
+        mask_tokens(row, rate, CLIP_TOKENIZER, np.random.default_rng((7, i)))
+        for i, row in enumerate(tokens)
+    ]
     np.testing.assert_array_equal(tokens, before)
     return (tokens, *map(np.stack, zip(*pairs, strict=True)))
 
@@ -28,7 +37,7 @@ def many_masked(rate, rows=3000, context=40):
 def ordinary(tokens):
     """Where tokens are neither special nor padding."""
     after_start = np.arange(tokens.shape[1]) > 0
-    return after_start & (np.cumsum(tokens == EOT, axis=1) == 0)
+    return after_start & (np.cumsum(tokens == CLIP_TOKENIZER.end, axis=1) == 0)
 
 
 def test_masking_rates():
@@ -39,13 +48,13 @@ def test_masking_rates():
     assert count > 8000
     assert count / ordinary(tokens).sum() == pytest.approx(0.15, abs=0.005)
     assert (tokens[chosen] == 0).mean() == pytest.approx(1 / 7, abs=0.05)
-    hidden, same = masked[chosen] == MASK, masked[chosen] == tokens[chosen]
+    hidden, same = masked[chosen] == CLIP_TOKENIZER.mask, masked[chosen] == tokens[chosen]
     assert hidden.mean() == pytest.approx(0.8, abs=0.015)
     assert same.mean() == pytest.approx(0.1, abs=0.015)
     drawn = masked[chosen][~hidden & ~same]
-    assert drawn.max() < SOT and drawn.min() >= 0
+    assert drawn.max() < CLIP_TOKENIZER.start and drawn.min() >= 0
     # Even over all ids: a mean of 24,703 with a standard deviation of 14,262 / sqrt(800).
-    assert drawn.mean() == pytest.approx(SOT / 2, abs=2000)
+    assert drawn.mean() == pytest.approx(CLIP_TOKENIZER.start / 2, abs=2000)
 
 
 def test_only_ordinary_tokens_are_chosen_and_labels_are_the_truth():
@@ -63,17 +72,21 @@ def test_masking_nothing():
     tokens, masked, labels = many_masked(0.0, rows=10)
     np.testing.assert_array_equal(masked, tokens)
     assert (labels == -1).all()
-    empty, full = tokenize(["", "a " * 50], 8)
+    empty, full = CLIP_TOKENIZER.encode(["", "a " * 50], 8)
     for row in (empty, full):
-        masked, labels = mask_tokens(row, 1.0, np.random.default_rng(0))
-        assert masked[0] == SOT and np.argmax(masked == EOT) == np.argmax(row == EOT)
+        masked, labels = mask_tokens(row, 1.0, CLIP_TOKENIZER, np.random.default_rng(0))
+        assert masked[0] == CLIP_TOKENIZER.start and np.argmax(
+            masked == CLIP_TOKENIZER.end
+        ) == np.argmax(row == CLIP_TOKENIZER.end)
 
 
 def test_masking_is_a_function_of_the_generator():
-    (tokens,) = tokenize(["a dog and a cat and a mouse and a bird on the old red roof"], 32)
+    (tokens,) = CLIP_TOKENIZER.encode(
+        ["a dog and a cat and a mouse and a bird on the old red roof"], 32
+    )
 
     def draw(seed):
-        return mask_tokens(tokens, 0.5, np.random.default_rng(seed))
+        return mask_tokens(tokens, 0.5, CLIP_TOKENIZER, np.random.default_rng(seed))
 
     np.testing.assert_array_equal(draw(1), draw(1))
     assert not np.array_equal(draw(1), draw(2))
@@ -85,7 +98,7 @@ SYNONYMS = {"dog": ["hound", "puppy"], "big": ["large"], "in": ["inch"], "well-k
 
 
 def several(caption, operations, count=300, synonyms=SYNONYMS):
-    rng = np.random.default_rng(0)
+    rng, caption = np.random.default_rng(0), CLIP_TOKENIZER.clean(caption)
     return [augment(caption, operations, synonyms, rng) for _ in range(count)]
 
 
@@ -222,7 +235,7 @@ def test_prepare_writes_what_training_loads(wordnet, tmp_path, capsys):
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert load_synonyms(str(paths[0])) == read_wordnet(str(wordnet))
     assert load_synonyms(str(paths[0])) is load_synonyms(str(paths[0]))  # read once
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*tmp"))
 
 
 def test_wordnet_that_cannot_be_read(wordnet, tmp_path, capsys):

@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from declip_jax.data import records
+from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
-from declip_jax.data.sources.base import Columns
 from declip_jax.data.sources.prepared import PreparedSource
 from declip_jax.data.sources.tfds import TfdsSource
 
@@ -241,7 +241,7 @@ def refused(name, words, split="train", columns=USUAL):
 
 
 def test_features_that_are_missing_or_of_other_types(coco_like):
-    for field in Columns._fields:
+    for field in Columns().as_dict():
         nothing = ("nothing",) if field in ("captions", "synthetic") else "nothing"
         words = rf"columns.{field}: coco_like/1.2.0 has no 'nothing'.*captions/text: Sequence\(Text"
         refused(coco_like, words, columns=Columns(**{field: nothing}))

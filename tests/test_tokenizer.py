@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from declip_jax.data import tokenizer
-from declip_jax.data.tokenizer import EOT, MASK, SOT, VOCAB_SIZE, build, clean, tokenize
+from declip_jax.data.tokenizer import CLIP_TOKENIZER, build
 
 # 3,525 texts of all kinds, and their ids as instant-clip-tokenizer 0.1.1, another implementation of
 # OpenAI's, gave them after `clean` for a context of 77; without padding.
@@ -37,20 +37,20 @@ def _assert_same(ours, theirs, texts):
 
 def test_ids_are_those_of_another_implementation(recorded):
     texts, ids = recorded
-    assert len(texts) > 3000 and (ids[:, -1] == EOT).sum() > 100
-    _assert_same(tokenize(texts, 77), ids, texts)
+    assert len(texts) > 3000 and (ids[:, -1] == CLIP_TOKENIZER.end).sum() > 100
+    _assert_same(CLIP_TOKENIZER.encode(texts, 77), ids, texts)
 
 
 def _cut(ids, context):
     cut = ids[:, :context].copy()
-    cut[(ids == EOT).argmax(axis=1) >= context, -1] = EOT
+    cut[(ids == CLIP_TOKENIZER.end).argmax(axis=1) >= context, -1] = CLIP_TOKENIZER.end
     return cut
 
 
 @pytest.mark.parametrize("context", [3, 16, 76])
 def test_a_smaller_context_cuts_them(recorded, context):
     texts, ids = recorded
-    _assert_same(tokenize(texts, context), _cut(ids, context), texts)
+    _assert_same(CLIP_TOKENIZER.encode(texts, context), _cut(ids, context), texts)
 
 
 def test_texts_are_encoded_all_at_once(monkeypatch):
@@ -61,8 +61,8 @@ def test_texts_are_encoded_all_at_once(monkeypatch):
             counts.append(len(texts))
             return build().encode_batch_fast(texts)
 
-    monkeypatch.setattr(tokenizer, "_cutting_tokenizer", lambda context: Counting())
-    assert (tokenize(["a cat", "a dog"] * 500, 8)[:, 1] == 320).all()
+    monkeypatch.setattr(tokenizer, "_library", lambda context: Counting())
+    assert (CLIP_TOKENIZER.encode(["a cat", "a dog"] * 500, 8)[:, 1] == 320).all()
     assert counts == [1000]
 
 
@@ -70,7 +70,7 @@ def test_threads_with_different_contexts_do_not_meddle(recorded):
     texts, ids = (values[::4] for values in recorded)
 
     def wrong(context):
-        return (tokenize(texts, context) != _cut(ids, context)).sum()
+        return (CLIP_TOKENIZER.encode(texts, context) != _cut(ids, context)).sum()
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(wrong, [77, 5, 40, 9] * 2)) == [0] * 8
@@ -82,13 +82,13 @@ def test_other_processes_give_the_same_ids_without_a_word(tmp_path, start):
 import multiprocessing
 import sys
 from pathlib import Path
-from declip_jax.data.tokenizer import tokenize
+from declip_jax.data.tokenizer import CLIP_TOKENIZER
 
 def threads():
     return len([*Path("/proc/self/task").glob("*")])  # none but on Linux
 
 def ids(texts):
-    return tokenize(texts, 12).tolist()
+    return CLIP_TOKENIZER.encode(texts, 12).tolist()
 
 if __name__ == "__main__":
     texts = ["A cat", "two dogs &amp; a café", "one " * 99] * 50
@@ -110,7 +110,9 @@ if __name__ == "__main__":
         timeout=120,
     )
     assert (process.returncode, process.stderr) == (0, "")
-    assert json.loads(process.stdout) == tokenize(["two dogs & a café"], 12)[0].tolist()
+    assert (
+        json.loads(process.stdout) == CLIP_TOKENIZER.encode(["two dogs & a café"], 12)[0].tolist()
+    )
 
 
 def test_ids_are_read_back():
@@ -124,28 +126,50 @@ def test_ids_are_read_back():
 
 def test_known_ids():
     # As published with OpenAI's tokenizer.
-    expected = [SOT, 320, 2533, 6765, 320, 10297, EOT, 0, 0, 0]
-    tokens = tokenize(["A person riding a motorcycle", "a photo of a cat"], 10)
+    expected = [CLIP_TOKENIZER.start, 320, 2533, 6765, 320, 10297, CLIP_TOKENIZER.end, 0, 0, 0]
+    tokens = CLIP_TOKENIZER.encode(["A person riding a motorcycle", "a photo of a cat"], 10)
     assert tokens.dtype == np.int32 and tokens.shape == (2, 10)
     assert tokens[0].tolist() == expected
-    assert tokens[1].tolist() == [SOT, 320, 1125, 539, 320, 2368, EOT, 0, 0, 0]
-    assert (SOT, EOT, MASK, VOCAB_SIZE) == (49406, 49407, 49408, 49409)
+    assert tokens[1].tolist() == [
+        CLIP_TOKENIZER.start,
+        320,
+        1125,
+        539,
+        320,
+        2368,
+        CLIP_TOKENIZER.end,
+        0,
+        0,
+        0,
+    ]
+    assert (
+        CLIP_TOKENIZER.start,
+        CLIP_TOKENIZER.end,
+        CLIP_TOKENIZER.mask,
+        CLIP_TOKENIZER.vocab_size,
+    ) == (49406, 49407, 49408, 49409)
 
 
 def test_too_long_a_text_keeps_its_end_token():
-    short, long = tokenize(["one two three"], 5), tokenize(["one two three four five six"], 5)
+    short, long = (
+        CLIP_TOKENIZER.encode(["one two three"], 5),
+        CLIP_TOKENIZER.encode(["one two three four five six"], 5),
+    )
     np.testing.assert_array_equal(short, long)
-    assert long[0, -1] == EOT
+    assert long[0, -1] == CLIP_TOKENIZER.end
 
 
 def test_empty_texts():
-    assert tokenize(["", "  \n", "\x00"], 4).tolist() == [[SOT, EOT, 0, 0]] * 3
-    assert tokenize([], 4).shape == (0, 4)
+    assert (
+        CLIP_TOKENIZER.encode(["", "  \n", "\x00"], 4).tolist()
+        == [[CLIP_TOKENIZER.start, CLIP_TOKENIZER.end, 0, 0]] * 3
+    )
+    assert CLIP_TOKENIZER.encode([], 4).shape == (0, 4)
 
 
 def test_context_without_room_is_refused():
     with pytest.raises(ValueError, match="context=2 must be at least 3"):
-        tokenize(["a"], 2)
+        CLIP_TOKENIZER.encode(["a"], 2)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +187,12 @@ def test_context_without_room_is_refused():
     ],
 )
 def test_no_text_gives_special_ids(marker):
-    tokens = tokenize([f"a cat {marker} on a mat"], 40)[0]
-    assert np.flatnonzero(np.isin(tokens, (SOT, MASK))).tolist() == [0]
-    assert np.count_nonzero(tokens == EOT) == 1
-    assert tokens[np.flatnonzero(tokens)[-1]] == EOT
+    tokens = CLIP_TOKENIZER.encode([f"a cat {marker} on a mat"], 40)[0]
+    assert np.flatnonzero(
+        np.isin(tokens, (CLIP_TOKENIZER.start, CLIP_TOKENIZER.mask))
+    ).tolist() == [0]
+    assert np.count_nonzero(tokens == CLIP_TOKENIZER.end) == 1
+    assert tokens[np.flatnonzero(tokens)[-1]] == CLIP_TOKENIZER.end
 
 
 def test_cleaning_is_the_published_one():
@@ -183,18 +209,20 @@ def test_cleaning_is_the_published_one():
             count = 95 if ascii_only else len(alphabet)
             start = 32 if ascii_only else 0
             text = "".join(rng.choice(alphabet[start : start + count], rng.integers(30)))
-            assert clean(text) == published(text), repr(text)
-    assert clean("The CafÃ© &amp;amp; bar\r\n") == "the café & bar"
+            assert CLIP_TOKENIZER.clean(text) == published(text), repr(text)
+    assert CLIP_TOKENIZER.clean("The CafÃ© &amp;amp; bar\r\n") == "the café & bar"
 
 
 def test_unicode_ids_are_in_range():
     texts = ["漢字 and 🎉", "\ud800 lone surrogate", "ʼn ﬁ Å", "\x7f\x1b[31mred", "a" * 5000]
-    tokens = tokenize(texts, 77)
-    assert tokens.min() >= 0 and tokens.max() == EOT
-    assert ((tokens == EOT).sum(axis=1) == 1).all()
+    tokens = CLIP_TOKENIZER.encode(texts, 77)
+    assert tokens.min() >= 0 and tokens.max() == CLIP_TOKENIZER.end
+    assert ((tokens == CLIP_TOKENIZER.end).sum(axis=1) == 1).all()
 
 
 def test_of_a_huge_text_only_the_beginning_is_read():
     for word in ("dog ", "é & ", "日本", "\n"):
         text = "a " + word * (10_000_000 // len(word))
-        np.testing.assert_array_equal(tokenize([text], 77), tokenize([text[:9000]], 77))
+        np.testing.assert_array_equal(
+            CLIP_TOKENIZER.encode([text], 77), CLIP_TOKENIZER.encode([text[:9000]], 77)
+        )

@@ -9,17 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from declip_jax.data.tokenizer import (
-    END,
-    EOT,
-    SOT,
-    START,
-    build,
-    clean,
-    merges,
-    tokenize,
-    vocabulary,
-)
+from declip_jax.data.tokenizer import CLIP_TOKENIZER, END, START, build, merges, vocabulary
 from declip_jax.interop.tokenizer_files import write_tokenizer
 
 CONTEXT = 77
@@ -167,14 +157,20 @@ def test_vocabulary():
     ids = vocabulary()
     assert sorted(ids.values()) == list(range(49408))
     known = {"!": 0, "!</w>": 256, "in": 512, "a</w>": 320, "person</w>": 2533, "jekyll</w>": 49405}
-    known |= {"motorcycle</w>": 10297, "Ã©</w>": 4166, "ï¿½</w>": 39802, START: SOT, END: EOT}
+    known |= {
+        "motorcycle</w>": 10297,
+        "Ã©</w>": 4166,
+        "ï¿½</w>": 39802,
+        START: CLIP_TOKENIZER.start,
+        END: CLIP_TOKENIZER.end,
+    }
     assert {token: ids.get(token) for token in known} == known
 
 
 def test_merges():
     assert len(merges()) == 48894
     assert merges()[:2] == [("i", "n"), ("t", "h")] and merges()[-1] == ("jeky", "ll</w>")
-    assert ["".join(pair) for pair in merges()] == list(vocabulary())[512:SOT]
+    assert ["".join(pair) for pair in merges()] == list(vocabulary())[512 : CLIP_TOKENIZER.start]
 
 
 def test_merging_gives_the_ids(texts):
@@ -182,12 +178,14 @@ def test_merging_gives_the_ids(texts):
         kinds = {unicodedata.category(c)[0] for c in word}
         return kinds == {"L"} or kinds <= set("PSM") and "'" not in word
 
-    words = {word for text in texts for word in clean(text).split() if one_word(word)}
-    words = sorted(word for word in words if clean(word) == word)
+    words = {
+        word for text in texts for word in CLIP_TOKENIZER.clean(text).split() if one_word(word)
+    }
+    words = sorted(word for word in words if CLIP_TOKENIZER.clean(word) == word)
     words = Random(0).sample(words, 500) + ["\ufffd", "🎉🎉", "漢字", "é"]
     ranks = {pair: rank for rank, pair in enumerate(merges())}
-    for word, ids in zip(words, tokenize(words, 300), strict=True):
-        merged = [SOT, *_ids_by_merging(word, ranks), EOT]
+    for word, ids in zip(words, CLIP_TOKENIZER.encode(words, 300), strict=True):
+        merged = [CLIP_TOKENIZER.start, *_ids_by_merging(word, ranks), CLIP_TOKENIZER.end]
         assert merged == ids[: ids.argmax() + 1].tolist(), word
 
 
@@ -234,11 +232,11 @@ def test_it_is_the_trained_tokenizer_behind_rules_for_raw_texts(folder, texts):
     exported.enable_padding(length=CONTEXT, pad_id=0)
     texts = texts[::4]  # all of them in the hands of Transformers, below
     ids = np.array([encoding.ids for encoding in exported.encode_batch_fast(texts)])
-    _assert_same(ids, tokenize(texts, CONTEXT), texts)
+    _assert_same(ids, CLIP_TOKENIZER.encode(texts, CONTEXT), texts)
 
 
 def _ids(tokenizer, texts):
-    """Its ids, with zeros for padding, as `tokenize` has it."""
+    """Its ids, with zeros for padding, as `encode` has it."""
     batch = tokenizer(
         text=texts,
         padding="max_length",
@@ -262,47 +260,49 @@ def transformers():
 
 def test_a_processor_gives_the_ids(transformers, folder, texts):
     processor = transformers.CLIPProcessor.from_pretrained(folder)
-    _assert_same(_ids(processor, texts), tokenize(texts, CONTEXT), texts)
+    _assert_same(_ids(processor, texts), CLIP_TOKENIZER.encode(texts, CONTEXT), texts)
 
 
 def test_an_auto_tokenizer_gives_the_ids(transformers, folder, texts):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    _assert_same(_ids(tokenizer, texts[:500]), tokenize(texts[:500], CONTEXT), texts)
+    _assert_same(_ids(tokenizer, texts[:500]), CLIP_TOKENIZER.encode(texts[:500], CONTEXT), texts)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
-        SOT,
-        EOT,
-        EOT,
+        CLIP_TOKENIZER.start,
+        CLIP_TOKENIZER.end,
+        CLIP_TOKENIZER.end,
     )
     assert tokenizer.model_max_length == CONTEXT and len(tokenizer) == len(vocabulary())
     ids = tokenizer("A dog’s life", truncation=True)["input_ids"]
-    assert ids[0] == SOT and ids[-1] == EOT
+    assert ids[0] == CLIP_TOKENIZER.start and ids[-1] == CLIP_TOKENIZER.end
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a dog 's life"
-    assert tokenizer.decode([SOT, EOT], skip_special_tokens=True) == ""
+    assert (
+        tokenizer.decode([CLIP_TOKENIZER.start, CLIP_TOKENIZER.end], skip_special_tokens=True) == ""
+    )
 
 
 @pytest.mark.parametrize("name", ["CLIPTokenizer", "CLIPTokenizerFast"])
 def test_clips_own_tokenizers_give_the_ids_of_clean_texts(transformers, folder, texts, name):
     tokenizer = getattr(transformers, name).from_pretrained(folder)
-    cleaned = [clean(text) for text in texts[:500]]
-    cleaned = [text for text in cleaned if clean(text) == text]
+    cleaned = [CLIP_TOKENIZER.clean(text) for text in texts[:500]]
+    cleaned = [text for text in cleaned if CLIP_TOKENIZER.clean(text) == text]
     assert len(cleaned) > 450
-    _assert_same(_ids(tokenizer, cleaned), tokenize(cleaned, CONTEXT), cleaned)
+    _assert_same(_ids(tokenizer, cleaned), CLIP_TOKENIZER.encode(cleaned, CONTEXT), cleaned)
 
 
 def test_what_ftfy_guesses_is_the_same_once_clean(transformers, folder):
     guessed = ["CafÃ© Ã\xa0 la carte", "â€œhiâ€\x9d", "ÐŸÑ€Ð¸Ð²ÐµÑ‚ &amp; Ñ‚Ñ‹", "ä¸\xadæ–‡"]
-    cleaned = [clean(text) for text in guessed]
+    cleaned = [CLIP_TOKENIZER.clean(text) for text in guessed]
     assert cleaned == ["café à la carte", '"hi"', "привет & ты", "中文"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    _assert_same(_ids(tokenizer, cleaned), tokenize(guessed, CONTEXT), guessed)
+    _assert_same(_ids(tokenizer, cleaned), CLIP_TOKENIZER.encode(guessed, CONTEXT), guessed)
 
 
 @pytest.mark.parametrize("marker", [*MARKERS, "&lt;end_of_text&gt;", "＜|endoftext|＞"])
 def test_no_text_gives_special_ids(transformers, folder, marker):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(f"a cat {marker} on a mat")["input_ids"]
-    assert ids == [i for i in tokenize([f"a cat {marker} on a mat"], CONTEXT)[0] if i]
-    assert (ids.count(SOT), ids.count(EOT)) == (1, 1)
+    assert ids == [i for i in CLIP_TOKENIZER.encode([f"a cat {marker} on a mat"], CONTEXT)[0] if i]
+    assert (ids.count(CLIP_TOKENIZER.start), ids.count(CLIP_TOKENIZER.end)) == (1, 1)
 
 
 def test_open_clip_has_these_merges_and_ids(texts):
@@ -311,4 +311,4 @@ def test_open_clip_has_these_merges_and_ids(texts):
     # Of markers it makes special ids, and it reads a text to its end.
     texts = [t for t in texts if "of_text" not in t.lower() and len(t) <= 10_000]
     texts = [t for t in texts if "oftext" not in t.lower()][:1000]
-    _assert_same(tokenizer(texts).numpy(), tokenize(texts, CONTEXT), texts)
+    _assert_same(tokenizer(texts).numpy(), CLIP_TOKENIZER.encode(texts, CONTEXT), texts)

@@ -29,6 +29,7 @@ from declip_jax.parallel import mesh as meshes
 from declip_jax.parallel import rules
 from declip_jax.step import Setup
 from declip_jax.train import train
+from declip_jax.trained import load
 from tests import make_runs, toy
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +50,7 @@ def tiny(experiment, fields=()):
 @pytest.fixture
 def toy_config(monkeypatch):
     """`toy.config`, whose method is one of the known ones meanwhile."""
-    monkeypatch.setitem(methods.METHODS, "toy", toy.build)
+    monkeypatch.setitem(methods.METHODS, "toy", toy.METHOD)
     return toy.config
 
 
@@ -244,8 +245,6 @@ def test_checkpoints_every_two_steps(run):
 
 
 def test_evaluation_uses_the_moving_average(run):
-    from declip_jax.evaluate import load
-
     trained = load(run)
     assert trained.step == 4
     abstract = Setup(trained.config).abstract_state
@@ -489,12 +488,15 @@ def test_workdir_that_cannot_be_written(toy_config, tmp_path, capsys):
     assert "Initializing" not in capsys.readouterr().out  # nothing was compiled for it
 
 
+QUICK = ["--config=configs/quickstart.py:tiny", "--workdir=x"]
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (["--help"], "Train a model."),
-        (["--config=configs/quickstart.py:tiny", "--config.optim.peek_lr=1"], "peek_lr"),
-        (["--config=configs/quickstart.py:tiny", "--config.loss.weights.clap=1"], "clap"),
+        ([*QUICK, "--config.optim.peek_lr=1"], 'Did you mean "peak_lr" instead of "peek_lr"?'),
+        ([*QUICK, "--config.loss.weights.clap=1"], "clap"),
         (["--config=configs/quickstart.py:tyni", "--workdir=x"], "tyni"),
         (["--config=configs/quickstart.py:tiny"], "workdir"),
         (["--config=configs/nowhere.py", "--workdir=x"], "configs/nowhere.py"),

@@ -549,7 +549,7 @@ def test_index_is_whole_or_not_there(tmp_path, monkeypatch):
     write(tmp_path, sample("a"))
 
     def full(tars, files, table):
-        with tar_index._published(table.with_suffix(".bin")) as stream:
+        with tar_index._written(table.with_suffix(".bin")) as stream:
             stream.write(b"half of it")
             raise OSError("disk full")
 

@@ -8,19 +8,16 @@ def _unit(features):
     return features / np.linalg.norm(features, axis=-1, keepdims=True)
 
 
-def _tokenize(texts):
-    return np.array([[ord(letter) for letter in text[:8].ljust(8)] for text in texts], np.int32)
-
-
-def _encode_text(tokens):
-    return _unit(tokens.astype(np.float32) - 80)
+def _encode_texts(texts):
+    letters = [[ord(letter) for letter in text[:8].ljust(8)] for text in texts]
+    return _unit(np.array(letters, np.float32) - 80)
 
 
 def test_class_embeddings_equal_plain_numpy():
     names, templates = ["cat", "dog", "{}"], ["a {}.", "{} {}", "the {}"]
-    embeddings = class_embeddings(_encode_text, _tokenize, names, templates)
+    embeddings = class_embeddings(_encode_texts, names, templates)
     expected = [
-        _unit(_encode_text(_tokenize([f"a {name}.", f"{name} {name}", f"the {name}"])).mean(axis=0))
+        _unit(_encode_texts([f"a {name}.", f"{name} {name}", f"the {name}"]).mean(axis=0))
         for name in names
     ]
     np.testing.assert_allclose(embeddings, expected, rtol=1e-6)
@@ -32,19 +29,19 @@ def test_class_embeddings_in_blocks_are_the_same(block, largest):
     names, templates = [f"{letter} thing" for letter in "abcdefghij"], ["a {}.", "{}", "the {}"]
     sizes = []
 
-    def encode_text(tokens):
-        sizes.append(len(tokens))
-        return _encode_text(tokens)
+    def encode_texts(texts):
+        sizes.append(len(texts))
+        return _encode_texts(texts)
 
-    embeddings = class_embeddings(encode_text, _tokenize, names, templates, block=block)
-    expected = class_embeddings(_encode_text, _tokenize, names, templates)
+    embeddings = class_embeddings(encode_texts, names, templates, block=block)
+    expected = class_embeddings(_encode_texts, names, templates)
     np.testing.assert_array_equal(embeddings, expected)
     assert max(sizes) == largest and sum(sizes) == 30
 
 
 def test_class_embeddings_refuse_unusable_prompts():
     def run(names, templates):
-        class_embeddings(_encode_text, _tokenize, names, templates)
+        class_embeddings(_encode_texts, names, templates)
 
     run(["cat"], ["a {}"])
     with pytest.raises(ValueError, match="class_names is empty"):
@@ -52,7 +49,7 @@ def test_class_embeddings_refuse_unusable_prompts():
     with pytest.raises(ValueError, match="crane"):
         run(["crane", "cat", "crane"], ["a {}"])
     shared = ["crane", "cat", "crane"], ["a {}"]
-    embeddings = class_embeddings(_encode_text, _tokenize, *shared, repeated_names=True)
+    embeddings = class_embeddings(_encode_texts, *shared, repeated_names=True)
     np.testing.assert_array_equal(embeddings[0], embeddings[2])
     with pytest.raises(ValueError, match="templates is empty"):
         run(["cat"], [])

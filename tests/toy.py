@@ -7,55 +7,54 @@ to have some state beside the parameters.
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from configs import common
-from declip_jax.losses.contrastive import clip_loss, normalize
-from declip_jax.methods import base
-from declip_jax.methods.base import Aux, Method, Views
+from declip_jax.losses.contrastive import normalize
+from declip_jax.methods import base, clip
+from declip_jax.models.features import ImageFeatures, TextFeatures
 
 WIDTH, CLASSES = 16, 32
 
 
-def build(config, mesh) -> Method:
-    contrast = base.contrast(config, mesh)
-    weights = base.check_weights(config.loss.weights, terms=("clip",))
-    limits = base.logit_scale_limits(config.loss.logit_scale_range)
+class Network(nn.Module):
+    @classmethod
+    def of(cls, model, loss):
+        return cls()
 
-    def init(rng):
-        image, text = jax.random.split(rng)
-        params = {
-            "image": {"kernel": jax.random.normal(image, (3, WIDTH))},
-            "text": {"kernel": jax.random.normal(text, (CLASSES, WIDTH))},
-            "logit_scale": jnp.full((), 2.6),
-        }
-        return params, {"running_means": {"loss": jnp.ones(())}}
+    def setup(self):
+        self.image = nn.Dense(WIDTH, use_bias=False)
+        self.text = nn.Dense(WIDTH, use_bias=False)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6), ())
 
-    def encode_image(params, model_state, images):  # [B, H, W, 3] -> [B, WIDTH]
-        return normalize(images.mean(axis=(1, 2)) @ params["image"]["kernel"])
+    def encode_image(self, images, train=False):  # [B, V, H, W, 3] -> [B, V, WIDTH]
+        return ImageFeatures(self.image(images.mean(axis=(2, 3))), None, None)
 
-    def encode_text(params, model_state, tokens):  # [B, L] -> [B, WIDTH]
-        counts = jax.nn.one_hot(tokens % CLASSES, CLASSES).sum(axis=1)
-        return normalize(counts @ params["text"]["kernel"])
+    def encode_text(self, tokens):  # [B, T, L] -> [B, T, WIDTH]
+        counts = jax.nn.one_hot(tokens % CLASSES, CLASSES).sum(axis=2)
+        return TextFeatures(self.text(counts), None)
 
-    def loss(params, model_state, batch, rng):
-        image = encode_image(params, model_state, batch["image"][:, 0])
-        text = encode_text(params, model_state, batch["tokens"][:, 0])
-        scale = base.exp_scale(params["logit_scale"], config.loss.max_scale)
-        terms = {"clip": clip_loss(image, text, scale, info_nce=contrast.info_nce)}
-        total = base.weighted_sum(terms, weights)
-        accuracy = base.accuracy(contrast.positive_rank(image, text))
-        mean = 0.9 * model_state["running_means"]["loss"] + 0.1 * jax.lax.stop_gradient(total)
-        metrics = {"loss": total, **terms, "logit_scale": scale, "running_mean": mean, **accuracy}
-        return total, Aux(metrics, {"running_means": {"loss": mean}})
+    def __call__(self, batch, train):
+        image, text = self.encode_image(batch["image"]), self.encode_text(batch["tokens"])
+        return {"image": normalize(image.embedding), "text": normalize(text.embedding)}
 
-    return Method(
-        views=Views(image=("weak",), text=("caption",)),
-        init=init,
-        loss=loss,
-        constrain=lambda params: base.clamp_logit_scale(params, limits),
-        encode_image=encode_image,
-        encode_text=encode_text,
-    )
+
+@base.once
+def mean_after(x):
+    loss = jax.lax.stop_gradient(clip.clip(x))
+    return 0.9 * x.state["running_means"]["loss"] + 0.1 * loss
+
+
+METHOD = clip.METHOD._replace(
+    network=Network,
+    state={
+        "running_means": base.State(
+            init=lambda rng, width, loss: {"loss": jnp.ones(())},
+            update=lambda means, x: {"loss": mean_after(x)},
+        )
+    },
+    metrics=lambda x: {"running_mean": mean_after(x)},
+)
 
 
 def config(**fields):

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from declip_jax.files import publish
+
 # TFDS takes a second to import, and most of a run's processes read no array_record files: here and
 # elsewhere it is imported by what needs it.
 if TYPE_CHECKING:
@@ -150,4 +152,4 @@ def write_metadata(
         info.write_to_directory(folder)
         # dataset_info.json last: without it, TFDS sees no data set.
         for path in sorted(Path(folder).iterdir(), key=lambda p: p.name == "dataset_info.json"):
-            os.replace(path, Path(directory) / path.name)
+            publish(path, Path(directory) / path.name)

@@ -5,16 +5,12 @@ import gzip
 import json
 import string
 import zlib
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from declip_jax.data.input_files import InputError
-from declip_jax.data.tokenizer import EOT, MASK, SOT, clean
+from declip_jax.data.tokenizer import Tokenizer
 
-EDA = ("synonym", "swap", "delete")
 DELETED = 0.1  # of the words, by "delete"
 
 # Words of grammar. WordNet takes many for something else ("in": inch, "may": whitethorn).
@@ -31,28 +27,30 @@ STOP_WORDS = frozenset(
 
 
 def mask_tokens(
-    tokens: np.ndarray, rate: float, rng: np.random.Generator
+    tokens: np.ndarray, rate: float, tokenizer: Tokenizer, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hides tokens of a caption for masked language modeling (Devlin et al., arXiv:1810.04805).
 
-    Each token between SOT and EOT is chosen with probability `rate`. Of the chosen ones 80 % become
-    MASK, 10 % a random ordinary id, and 10 % stay.
+    Each token between start and end is chosen with probability `rate`. Of the chosen ones 80 %
+    become the mask, 10 % a random ordinary id, and 10 % stay.
 
     Args:
-      tokens: int32 [L], as `tokenize` gives them.
+      tokens: int32 [L], as `tokenizer` encodes them.
       rate: 0 … 1.
+      tokenizer: its ids from `start` on are not ordinary.
       rng: source of all randomness.
 
     Returns:
       The masked tokens, int32 [L], and the labels, int32 [L]: the true id where a token was chosen,
       -1 elsewhere.
     """
-    count = int((tokens == EOT).argmax()) - 1  # between SOT and EOT
+    count = int((tokens == tokenizer.end).argmax()) - 1  # between start and end
     chosen = 1 + np.flatnonzero(rng.random(count) < rate)
     labels = np.full_like(tokens, -1)
     labels[chosen] = tokens[chosen]
     fate = rng.random(len(chosen))
-    replacement = np.where(fate < 0.8, MASK, rng.integers(SOT, size=len(chosen)))
+    ordinary = rng.integers(tokenizer.start, size=len(chosen))
+    replacement = np.where(fate < 0.8, tokenizer.mask, ordinary)
     masked = tokens.copy()
     masked[chosen] = np.where(fate < 0.9, replacement, tokens[chosen])
     return masked, labels
@@ -71,12 +69,12 @@ def augment(
     word to replace, or of a single word, may come through as it is.
 
     Args:
-      caption: a text, which is cleaned as for the tokenizer.
-      operations: some of EDA.
+      caption: a clean text, see `Tokenizer.clean`.
+      operations: some of `options.EDA`.
       synonyms: see `load_synonyms`; only for "synonym".
       rng: source of all randomness.
     """
-    words = clean(caption).split()
+    words = caption.split()
     operation = operations[rng.integers(len(operations))]
     if operation == "synonym":
         bare = [word.strip(string.punctuation) for word in words]
@@ -96,16 +94,6 @@ def augment(
             kept[rng.integers(len(words))] = True
         words = [word for word, keep in zip(words, kept, strict=True) if keep]
     return " ".join(words)
-
-
-def check_eda(operations: Sequence[str], synonyms: str) -> None:
-    """Raises ValueError unless `augment` can do these operations with this file of synonyms."""
-    if not operations or not set(operations) <= set(EDA):
-        raise ValueError(
-            f"config.data.eda={tuple(operations)} must name one or more of {', '.join(EDA)}."
-        )
-    if "synonym" in operations:
-        load_synonyms(synonyms)
 
 
 @functools.cache
@@ -130,42 +118,3 @@ def load_synonyms(path: str) -> dict[str, list[str]]:
             "--wordnet DIR --output FILE, or do without: --config.data.eda=\"('swap','delete')\"."
         ) from error
     return synonyms
-
-
-def read_wordnet(folder: str) -> dict[str, list[str]]:
-    """{word: its synonyms}, both sorted, from WordNet's data files; their format is wndb(5WN).
-
-    Words share a set of synonyms in any of their meanings. Only single words in lower case are
-    taken: names are capitalized in WordNet, and would make Taiwan a synonym of china.
-
-    Raises:
-      InputError: a file is not there or is something else.
-    """
-    synonyms: dict[str, set[str]] = defaultdict(set)
-    for part in ("noun", "verb", "adj", "adv"):
-        path = Path(folder) / f"data.{part}"
-        try:
-            lines = path.read_text("utf-8", errors="replace").splitlines()
-        except OSError as error:
-            raise InputError(
-                f"--wordnet {folder}: {error}; expected WordNet's data.noun, data.verb, data.adj "
-                "and data.adv, as in Debian's package wordnet-base"
-            ) from None
-        for number, line in enumerate(lines, start=1):
-            if line.startswith("  "):  # the license
-                continue
-            try:
-                # offset, lexicographer file, type, number of words (hexadecimal), then each word
-                # with its sense number, and what does not matter here
-                fields = line.split(" ")
-                words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-            except (IndexError, ValueError):
-                raise InputError(
-                    f"--wordnet {folder}: line {number} of {path} is not WordNet's: {line[:80]!r}"
-                ) from None
-            # Adjectives may end in a marker of their place, such as "(p)".
-            words = {word.partition("(")[0] for word in words}
-            words = {word for word in words if "_" not in word and word.islower()}
-            for word in words:
-                synonyms[word] |= words - {word}
-    return {word: sorted(others) for word, others in sorted(synonyms.items()) if others}

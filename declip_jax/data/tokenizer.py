@@ -5,23 +5,22 @@ https://github.com/openai/CLIP (MIT License, Copyright (c) 2021 OpenAI; see clip
 Hugging Face's `tokenizers` applies them.
 """
 
+import dataclasses
 import functools
 import gzip
 import html
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
 import ftfy
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors
 
-START, SOT = "<|startoftext|>", 49406
-END, EOT = "<|endoftext|>", 49407
-MASK = 49408  # not OpenAI's; `tokenize` never gives it
-VOCAB_SIZE = 49409
+START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"  # ends the spelling of a token that ends a word
 # Of a text that are read: no context holds more, and cleaning megabytes takes seconds.
 MAX_CHARACTERS = 10_000
@@ -38,34 +37,61 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def tokenize(texts: Sequence[str], context: int) -> np.ndarray:
-    """Token ids, int32 [N, context]: SOT, the text's ids, EOT, then zeros.
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Texts to ids and back; a value that goes to worker processes as four numbers.
 
-    A text that is too long is cut so that EOT comes last; an empty one gives SOT, EOT.
-
-    Raises:
-      ValueError: `context` is below 3.
+    Attributes:
+      start, end: ids around every text.
+      mask: hides another id; OpenAI's has none, and `encode` never gives it.
+      vocab_size: how many ids there are.
     """
-    if context < 3:
-        raise ValueError(f"context={context} must be at least 3: the start, a token, the end.")
-    # All at once, and without Python's lock.
-    encodings = _cutting_tokenizer(context).encode_batch_fast([clean(text) for text in texts])
-    found = [encoding.ids for encoding in encodings]
-    lengths = np.array([len(ids) for ids in found], int)
-    # Padding here is cheaper than to pass zeros through lists.
-    tokens = np.zeros((len(texts), context), np.int32)
-    tokens[np.arange(context) < lengths[:, None]] = list(chain.from_iterable(found))
-    return tokens
+
+    start: int
+    end: int
+    mask: int
+    vocab_size: int
+
+    def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+        """Token ids, int32 [N, context]: the start, the text's ids, the end, then zeros.
+
+        A text that is too long is cut so that the end comes last; an empty one has no ids between.
+
+        Raises:
+          ValueError: `context` is below 3.
+        """
+        if context < 3:
+            raise ValueError(f"context={context} must be at least 3: the start, a token, the end.")
+        # All at once, and without Python's lock.
+        encodings = _library(context).encode_batch_fast([self.clean(text) for text in texts])
+        found = [encoding.ids for encoding in encodings]
+        lengths = np.array([len(ids) for ids in found], int)
+        # Padding here is cheaper than to pass zeros through lists.
+        tokens = np.zeros((len(texts), context), np.int32)
+        tokens[np.arange(context) < lengths[:, None]] = list(chain.from_iterable(found))
+        return tokens
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids between start and end, "[mask]" for `mask`; words and marks stand apart."""
+        library = _library(context=3)  # of any
+        spellings = [
+            f"[mask]{WORD_END}" if i == self.mask else library.id_to_token(int(i)) for i in ids
+        ]
+        # All together, not one by one: a letter can take several.
+        return library.decoder.decode(spellings).strip()
+
+    @staticmethod
+    def clean(text: str) -> str:
+        """Mends encodings and HTML entities, lowers case, drops markers, joins white space."""
+        text = text[:MAX_CHARACTERS]
+        # The general way costs three times the tokenizing and leaves printable ASCII without
+        # entities as it is.
+        if not (text.isascii() and text.isprintable() and "&" not in text):
+            text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        return " ".join(_MARKERS.sub(" ", text.lower()).split())
 
 
-def clean(text: str) -> str:
-    """Mends encoding errors and HTML entities, joins white space, lowers case, drops markers."""
-    text = text[:MAX_CHARACTERS]
-    # The general way costs three times the tokenizing and leaves printable ASCII without entities
-    # as it is.
-    if not (text.isascii() and text.isprintable() and "&" not in text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(_MARKERS.sub(" ", text.lower()).split())
+CLIP_TOKENIZER = Tokenizer(start=49406, end=49407, mask=49408, vocab_size=49409)
 
 
 @functools.cache
@@ -88,12 +114,12 @@ def vocabulary() -> dict[str, int]:
     return {spelling: i for i, spelling in enumerate(spellings)}
 
 
-def build() -> Tokenizer:
-    """A tokenizer of clean texts, which the caller may change.
+def build() -> tokenizers.Tokenizer:
+    """The library's tokenizer of clean texts, which the caller may change.
 
-    It adds SOT and EOT, and cuts and pads nothing; its decoder puts spaces between words.
+    It adds START and END, and cuts and pads nothing; its decoder puts spaces between words.
     """
-    tokenizer = Tokenizer(_model())
+    tokenizer = tokenizers.Tokenizer(_model())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
@@ -101,7 +127,9 @@ def build() -> Tokenizer:
         ]
     )
     tokenizer.post_processor = processors.RobertaProcessing(
-        (END, EOT), (START, SOT), trim_offsets=False, add_prefix_space=False
+        *((text, vocabulary()[text]) for text in (END, START)),
+        trim_offsets=False,
+        add_prefix_space=False,
     )
     # `decoders.Strip` would take off the last space, too, but panics at a text without a token.
     ends = [decoders.Replace(Regex(WORD_END + r"\z"), ""), decoders.Replace(WORD_END, " ")]
@@ -116,7 +144,7 @@ def _model() -> models.BPE:
 
 
 @functools.cache
-def _cutting_tokenizer(context: int) -> Tokenizer:
+def _library(context: int) -> tokenizers.Tokenizer:
     # One for each context: setting it anew would change what other threads are using.
     tokenizer = build()
     tokenizer.enable_truncation(context)

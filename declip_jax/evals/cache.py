@@ -1,14 +1,14 @@
 """Features of one model, kept by what they were made from."""
 
-import hashlib
-import json
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from declip_jax.digests import digest
+from declip_jax.files import replacing
 
 
 class Cache:
@@ -25,8 +25,7 @@ class Cache:
 
     def get(self, content: Any, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The arrays of `content`: all that they follow from besides the model, as plain values."""
-        described = json.dumps([self._model, content], sort_keys=True).encode()
-        name = hashlib.blake2b(described, digest_size=16).hexdigest()
+        name = digest([self._model, content])
         if self._folder is None:
             if name not in self._memory:
                 self._memory[name] = make()
@@ -38,9 +37,6 @@ class Cache:
         except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile):
             pass  # not there, or damaged (the last three are zipfile's): made anew
         arrays = make()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        with open(part, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
-        os.replace(part, path)  # never half a file under the final name
         return arrays

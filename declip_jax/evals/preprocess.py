@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+Channels = tuple[float, float, float]
+
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -16,30 +18,18 @@ class Preprocess(NamedTuple):
 
     short_side: int
     resolution: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Channels
 
 
-def preprocess(config) -> Preprocess:
-    """Of `config.eval.preprocess`, at the model's resolution.
+def preprocess(name: str, resolution: int, mean: Channels, std: Channels) -> Preprocess:
+    """What `config.eval.preprocess` names, at the model's resolution.
 
     "declip": the crop is 224 of a short side of 256 pixels (or in that proportion), ImageNet's mean
     and standard deviation. "openai", also open_clip's and ALIP's: the short side is the crop's,
-    CLIP's mean and standard deviation. "train": so too, but with those the run trains with.
-    "weights", of another program's weights alone: what they come with, also the short side.
-
-    Raises:
-      ValueError: another name.
+    CLIP's mean and standard deviation. "train": so too, but with those the run trains with, which
+    are given.
     """
-    name, resolution = config.eval.preprocess, config.model.image.resolution
-    if name == "weights" and "short_side" in config.eval:
-        return Preprocess(config.eval.short_side, resolution, config.image_mean, config.image_std)
     if name == "declip":
         return Preprocess(round(resolution * 256 / 224), resolution, *IMAGENET)
-    if name == "openai":
-        return Preprocess(resolution, resolution, *CLIP)
-    if name == "train":
-        return Preprocess(resolution, resolution, config.image_mean, config.image_std)
-    raise ValueError(
-        f"config.eval.preprocess={name!r} is unknown: expected 'declip', 'openai' or 'train'."
-    )
+    return Preprocess(resolution, resolution, *(CLIP if name == "openai" else (mean, std)))

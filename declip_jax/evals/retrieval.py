@@ -14,8 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 def collect(
     encode_image: Callable[[np.ndarray], np.ndarray],
-    encode_text: Callable[[np.ndarray], np.ndarray],
-    tokenize: Callable[[Sequence[str]], np.ndarray],
+    encode_texts: Callable[[Sequence[str]], np.ndarray],
     batches: Iterable[dict],
     prefix: str = "",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -23,8 +22,7 @@ def collect(
 
     Args:
       encode_image: uint8 [B, H, W, 3] -> float32 [B, D], unit rows.
-      encode_text: int32 [B, L] -> float32 [B, D], unit rows.
-      tokenize: B texts -> int32 [B, L].
+      encode_texts: B texts -> float32 [B, D], unit rows.
       batches: {"image": uint8 [b, H, W, 3], "captions": b lists of texts}; b may vary.
       prefix: put before every caption ("a photo of ").
 
@@ -51,7 +49,7 @@ def collect(
         images += len(captions)
         image_features.append(encode_image(batch["image"]))
         prompts = [prefix + text for texts in captions for text in texts]
-        text_features.append(encode_text(tokenize(prompts)))
+        text_features.append(encode_texts(prompts))
     if not images:
         raise ValueError("batches held no images: the evaluation set is empty")
     return (

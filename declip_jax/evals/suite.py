@@ -1,29 +1,28 @@
 """The tasks that score a model: each is built from settings and data, and applied to an encoder."""
 
-import difflib
 import inspect
 import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
+from declip_jax.data.eval_images import eval_images
 from declip_jax.data.input_files import read_class_names
-from declip_jax.data.pipeline import eval_images
 from declip_jax.data.sources import Source, open_source
-from declip_jax.data.tokenizer import tokenize
 from declip_jax.evals import sets, suites
 from declip_jax.evals.cache import Cache
 from declip_jax.evals.knn import knn
-from declip_jax.evals.preprocess import preprocess
+from declip_jax.evals.options import Eval
+from declip_jax.evals.preprocess import Preprocess
 from declip_jax.evals.probe import few_shot, linear_probe
-from declip_jax.evals.results import Results
 from declip_jax.evals.retrieval import collect, retrieval
 from declip_jax.evals.zeroshot import check_prompts, class_embeddings, per_class, zeroshot
+from declip_jax.hints import did_you_mean
 
 
 class Shared(NamedTuple):
@@ -43,18 +42,15 @@ class Shared(NamedTuple):
     prefix: str
 
 
-def shared(config) -> Shared:
-    """Of a run's configuration."""
-    seen = preprocess(config)
-    name = config.eval.preprocess
-    if name == "weights":  # each has another, and results say which
-        name += f" ({seen.short_side} px, mean {tuple(seen.mean)}, deviation {tuple(seen.std)})"
+def shared(section: Eval, seen: Preprocess, protocol: str = "") -> Shared:
+    """Of a run's `config.eval`, and what its evaluation does to images; or that of weights, which
+    each have another `protocol`, and results say which."""
     return Shared(
-        dict(resolution=seen.resolution, resize=seen.short_side, batch_size=config.eval.batch_size),
-        name,
-        config.eval.data_dir,
-        tuple(config.eval.zeroshot.templates),
-        config.eval.retrieval.prefix,
+        dict(resolution=seen.resolution, resize=seen.short_side, batch_size=section.batch_size),
+        protocol or section.preprocess,
+        section.data_dir,
+        section.zeroshot.templates,
+        section.retrieval.prefix,
     )
 
 
@@ -190,8 +186,7 @@ class Zeroshot(Task):
         def make():
             return {
                 "embeddings": class_embeddings(
-                    encoder.encode_text,
-                    lambda texts: tokenize(texts, encoder.context),
+                    encoder.encode_texts,
                     self._names,
                     self._templates,
                     repeated_names=self._may_repeat,  # OpenAI's for ImageNet: missile, sunglasses
@@ -242,18 +237,8 @@ class Retrieval(Task):
             for batch in self.images(self._images):
                 yield batch | {"captions": [texts[: self._most] for texts in batch["captions"]]}
 
-        return Result(
-            retrieval(
-                *collect(
-                    encoder.encode_image,
-                    encoder.encode_text,
-                    lambda texts: tokenize(texts, encoder.context),
-                    batches(),
-                    prefix=self._prefix,
-                ),
-                mesh=encoder.mesh,
-            )
-        )
+        found = collect(encoder.encode_image, encoder.encode_texts, batches(), self._prefix)
+        return Result(retrieval(*found, mesh=encoder.mesh))
 
 
 class _Probe(Task):
@@ -385,6 +370,15 @@ def _check_classes(source: Source, split: str) -> None:
 TASKS = {task.task: task for task in (Zeroshot, Retrieval, LinearProbe, KNN, FewShot)}
 
 
+# Settings that had another name once: suites of users and scores on disk have it.
+_RENAMED = {"neighbours": "neighbors"}
+
+
+def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a task, by the names that they have now."""
+    return {_RENAMED.get(name, name): value for name, value in settings.items()}
+
+
 def task_of(entry: Mapping[str, Any], shared: Shared) -> Task:
     """The task that an entry of a suite describes.
 
@@ -392,10 +386,12 @@ def task_of(entry: Mapping[str, Any], shared: Shared) -> Task:
       sets.Absent: its data are not on this machine.
       ValueError: an unknown task, set or setting, or data that cannot be used.
     """
-    settings = dict(entry)
+    settings = renamed(entry)
+    for old in entry.keys() & _RENAMED.keys():
+        logging.warning("%s: %r is now called %r", dict(entry), old, _RENAMED[old])
     name = settings.pop("task", None)
     if name not in TASKS:
-        raise ValueError(f"{dict(entry)}: task={name!r} is unknown{_near(name, TASKS)}")
+        raise ValueError(f"{dict(entry)}: task={name!r} is unknown.{_near(name, TASKS)}")
     make = TASKS[name]
     known = [
         parameter.name
@@ -407,43 +403,40 @@ def task_of(entry: Mapping[str, Any], shared: Shared) -> Task:
     for setting in settings:
         if setting not in known:
             raise ValueError(
-                f"{dict(entry)}: the task {name!r} has no setting {setting!r}"
+                f"{dict(entry)}: the task {name!r} has no setting {setting!r}."
                 f"{_near(setting, known)}"
             )
     return make(shared, **settings)
 
 
 def _near(word: Any, known) -> str:
-    close = difflib.get_close_matches(str(word), known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{hint} Expected one of {list(known)}."
+    return f"{did_you_mean(word, known)} Expected one of {list(known)}."
 
 
-def sources_of(config) -> list[dict[str, Any]]:
+def sources_of(section: Eval) -> list[dict[str, Any]]:
     """The entries for the sources that `config.eval` names one by one."""
+    named = {"zeroshot": section.zeroshot, "retrieval": section.retrieval}
     return [
-        dict(task=name, source=config.eval[name].source, split=config.eval[name].split)
-        for name in ("zeroshot", "retrieval")
-        if config.eval[name].source
+        dict(task=task, source=one.source, split=one.split)
+        for task, one in named.items()
+        if one.source
     ]
 
 
-def entries_of(config) -> list[dict[str, Any]]:
+def entries_of(section: Eval) -> list[dict[str, Any]]:
     """The entries of all that `config.eval` asks for; [] if it asks for nothing."""
-    suite = config.eval.suite if "suite" in config.eval else ""  # runs of old versions have none
-    return sources_of(config) + (suites.load(suite) if suite else [])
+    return sources_of(section) + (suites.load(section.suite) if section.suite else [])
 
 
-def build(config) -> tuple[list[Task], list[dict[str, str]]]:
+def build(section: Eval, common: Shared) -> tuple[list[Task], list[dict[str, str]]]:
     """The tasks that `config.eval` asks for during training.
 
     Returns:
       The tasks; and {"set", "task", "why"} of each whose data are absent.
     """
-    common = shared(config)
     tasks, absent = [], []
-    own = len(sources_of(config))
-    for number, entry in enumerate(entries_of(config)):
+    own = len(sources_of(section))
+    for number, entry in enumerate(entries_of(section)):
         try:
             task = task_of(entry, common)
         except sets.Absent as error:
@@ -455,7 +448,7 @@ def build(config) -> tuple[list[Task], list[dict[str, str]]]:
     names = [task.name for task in tasks]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(
-            f"config.eval.suite={config.eval.suite!r} has more than one of {sorted(twice)}: during "
+            f"config.eval.suite={section.suite!r} has more than one of {sorted(twice)}: during "
             "training each set and task has one place among the metrics."
         )
     # Those of a set stand together, for they share features.
@@ -519,26 +512,3 @@ def logged(found: Found) -> dict[str, float]:
         for task, result in found
         for name, value in result["metrics"].items()
     }
-
-
-def keep(
-    workdir: Path, step: int, checkpoint: str, found: Found, absent: list[dict[str, str]]
-) -> None:
-    """Writes down what was found during training, so that nothing is scored twice.
-
-    Args:
-      workdir: of the run.
-      step: of the checkpoint that was saved of this model.
-      checkpoint: its digest.
-      found: of `run`: of an evaluation that was interrupted, the tasks that were finished.
-      absent: of `build`.
-
-    Raises:
-      ValueError: the file there is of another kind.
-      OSError: it cannot be written.
-    """
-    results = Results(workdir, step, checkpoint)
-    if absent:
-        results.set_absent(absent)
-    for task, result in found:
-        results.add(result | {"id": results.identity(task.identity())})

@@ -3,13 +3,13 @@
 An entry is a dict with "task" and that task's settings; `declip_jax.evals.suite` reads them.
 """
 
-import difflib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from declip_jax.evals import sets
+from declip_jax.hints import did_you_mean
 
 ELEVEN = sets.NAMES[:11]  # the rest are variants of ImageNet's test split
 
@@ -51,11 +51,9 @@ def load(name: str) -> list[dict[str, Any]]:
     if name in SUITES:
         return SUITES[name]
     if not name.endswith(".py"):
-        close = difflib.get_close_matches(name, SUITES, n=1)
         raise ValueError(
-            f"suite {name!r} is unknown; "
-            + (f"did you mean {close[0]!r}? " if close else "")
-            + f"Expected one of {list(SUITES)}, or a .py file with get_suite()."
+            f"suite {name!r} is unknown.{did_you_mean(name, SUITES)} Expected one of "
+            f"{list(SUITES)}, or a .py file with get_suite()."
         )
     if not Path(name).is_file():
         raise ValueError(f"suite {name!r}: there is no such file.")

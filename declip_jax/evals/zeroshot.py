@@ -12,8 +12,7 @@ from declip_jax.evals.classification import accuracies
 
 
 def class_embeddings(
-    encode_text: Callable[[np.ndarray], np.ndarray],
-    tokenize: Callable[[Sequence[str]], np.ndarray],
+    encode_texts: Callable[[Sequence[str]], np.ndarray],
     class_names: Sequence[str],
     templates: Sequence[str],
     *,
@@ -23,8 +22,7 @@ def class_embeddings(
     """One unit vector a class: the mean over its prompts' unit features, normalized again.
 
     Args:
-      encode_text: int32 [B, L] -> float32 [B, D], unit rows.
-      tokenize: B texts -> int32 [B, L].
+      encode_texts: B texts -> float32 [B, D], unit rows.
       class_names: C names, as they should read in a sentence.
       templates: T prompts, each with a `{}` where the name goes.
       repeated_names: whether classes may share a name. Those of ImageNet in published lists do (two
@@ -45,7 +43,7 @@ def class_embeddings(
         names = class_names[start : start + step]
         prompts = [template.replace("{}", name) for name in names for template in templates]
         # [b*T, D] -> [b, T, D] -> [b, D]
-        means = encode_text(tokenize(prompts)).reshape(len(names), count, -1).mean(axis=1)
+        means = encode_texts(prompts).reshape(len(names), count, -1).mean(axis=1)
         embeddings.append(means / np.linalg.norm(means, axis=1, keepdims=True))
     return np.concatenate(embeddings).astype(np.float32)
 

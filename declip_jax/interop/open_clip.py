@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from declip_jax.interop.architecture import sections
+
 # Fields of open_clip's configuration that we can compute with this value only, its default.
 _BLOCKS = {
     "mlp_ratio": 4.0,
@@ -52,38 +54,43 @@ _FREE = {
         *("output_tokens", "pad_id", "eos_id"),
         *("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
     ),
-    "": ("embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "custom_text", "init_logit_scale"),
+    "": (
+        *("embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "custom_text"),
+        *("init_logit_scale", "init_logit_bias"),
+    ),
 }
 
 
-def to_config(model: Mapping[str, Any], mean, std) -> dict[str, Any]:
-    """open_clip_config.json of a model, from the `model` section of a config."""
-    image, text = model["image"], model["text"]
-    channels = image["width"] if image["kind"] == "vit" else 32 * image["width"]
+def to_config(
+    model: Mapping[str, Any], mean, std, params: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """open_clip_config.json of a model, from the `model` section of a config and its parameters."""
+    image, text = sections(model)
     vision = {
-        "image_size": image["resolution"],
-        "layers": image["layers"] if image["kind"] == "vit" else list(image["layers"]),
-        "width": image["width"],
-        # A null patch size is a ResNet's.
-        "patch_size": image["patch"] if image["kind"] == "vit" else None,
-        "head_width": channels // image["heads"],
+        "image_size": image.resolution,
+        "layers": image.layers,
+        "width": image.width,
+        "patch_size": getattr(image, "patch", None),  # a null patch size is a ResNet's
+        "head_width": image.token_width // image.heads,
     }
+    bias = {"init_logit_bias": float(params["logit_bias"])} if "logit_bias" in params else {}
     return {
         "model_cfg": {
             "embed_dim": model["embed_dim"],
             "quick_gelu": model["activation"] == "quick_gelu",
+            **bias,
             "vision_cfg": vision,
             "text_cfg": {
-                "context_length": text["context"],
-                "vocab_size": text["vocab_size"],
-                "width": text["width"],
-                "heads": text["heads"],
-                "layers": text["layers"],
-                "proj_bias": text["proj_bias"],
+                "context_length": text.context,
+                "vocab_size": text.vocab_size,
+                "width": text.width,
+                "heads": text.heads,
+                "layers": text.layers,
+                "proj_bias": text.proj_bias,
             },
         },
         "preprocess_cfg": {
-            "size": image["resolution"],
+            "size": image.resolution,
             "mode": "RGB",
             "mean": list(mean),
             "std": list(std),

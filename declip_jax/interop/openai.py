@@ -1,5 +1,5 @@
 """OpenAI's CLIP layout, which ALIP shares, and open_clip too unless the projection of texts has a
-bias (then it is a linear layer there, otherwise a bare matrix)."""
+bias (then it is a linear layer there, otherwise a bare matrix) or the logits have one."""
 
 from declip_jax.interop.layers import IMAGE, blocks, linear, norm
 from declip_jax.interop.tables import SAME, Entry, Layout, Transform
@@ -14,7 +14,7 @@ _SCALE = Transform("[] or [1] -> []", lambda x: x.reshape(()), lambda x: x)
 _IGNORED = (r".*\.num_batches_tracked", r"(.*\.)?attn_mask", "|".join(SIZES))
 
 
-def layout(kind: str, proj_bias: bool = False) -> Layout:
+def layout(kind: str, proj_bias: bool = False, logit_bias: bool = False) -> Layout:
     """The table for an image tower of a kind ("vit" or "resnet")."""
     return Layout(
         entries=(
@@ -29,6 +29,7 @@ def layout(kind: str, proj_bias: bool = False) -> Layout:
                 else [Entry("params/text/proj/kernel", "text_projection", SAME)]
             ),
             Entry("params/logit_scale", "logit_scale", _SCALE),
+            *([Entry("params/logit_bias", "logit_bias", _SCALE)] if logit_bias else []),
         ),
         ignored=_IGNORED,
     )

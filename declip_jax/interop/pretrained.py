@@ -10,12 +10,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from declip_jax.interop import architecture, declip, huggingface, open_clip, openai, reading, tables
+from declip_jax.interop.formats import FORMATS
 
-FORMATS = ("open_clip", "huggingface", "openai", "declip", "alip")
 NOTES = "declip_jax.json"  # what `export` writes beside the weights
 
 # Of formats whose program has no choice.
 ACTIVATIONS = {"openai": "quick_gelu", "declip": "quick_gelu", "alip": "gelu"}
+# Options that models have had since digests of them were recorded: as they were, they do not count.
+_LATER = {"image.pooling": "class_token", "image.positions": "learned", "image.patch_dropout": 0.0}
 
 
 class Pretrained(NamedTuple):
@@ -50,19 +52,18 @@ class Pretrained(NamedTuple):
 
     def describe(self) -> str:
         """One line for the log."""
-        image = self.model["image"]
-        tower = f"ViT/{image['patch']}" if image["kind"] == "vit" else "ResNet"
+        image, _ = architecture.sections(self.model)
         count = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
         names = self.format or "OpenAI's, open_clip's and ALIP's (the same)"
         return (
-            f"{self.source}: layout {names}, {self.method}, {tower} of {image['resolution']} px, "
-            f"embedding {self.model['embed_dim']}, {count:,} parameters"
+            f"{self.source}: layout {names}, {self.method}, {image.describe()}, "
+            f"{image.resolution} px, embedding {self.model['embed_dim']}, {count:,} parameters"
         )
 
     def digest(self) -> str:
         """Of all values and settings that scores follow from."""
         digest = hashlib.blake2b(digest_size=16)
-        settings = sorted(flatten_dict(self.model, sep=".").items())
+        settings = sorted(flatten_dict(self.model, sep=".").items() - _LATER.items())
         digest.update(repr((settings, self.mean, self.std, self.short_side)).encode())
         for path, leaf in sorted(flatten_dict(self.variables, sep="/").items()):
             digest.update(path.encode() + np.ascontiguousarray(leaf).data)
@@ -100,6 +101,10 @@ def of_arrays(
     notes = configs.get(NOTES, {})
     found, method, layout = _detect(arrays, configs, format or notes.get("format", ""))
     variables = tables.load(layout, arrays)
+    # Without these it would look like another tower.
+    paths = flatten_dict(variables, sep="/")
+    if lacking := [path for path in layout.of_every_image_tower() if path not in paths]:
+        tables.raise_problems({"missing": tables.names_of(layout, lacking)})
     model = architecture.infer(variables, found)
     unknown = dict.fromkeys(("image.heads", "text.heads", "activation"))
     known: Mapping[str, Any] = {"activation": ACTIVATIONS.get(found)}
@@ -117,14 +122,14 @@ def of_arrays(
         section, _, field = name.rpartition(".")
         ours = model[section] if section else model
         value = tuple(value) if isinstance(value, list) else value
-        if value is None or field == "bn_group_size":  # which is of training alone
+        if value is None or field in architecture.OF_TRAINING:
             continue
         if name in unknown or name == "text.eot_id":
             ours[field] = value
             unknown.pop(name, None)
         elif ours.get(field, value) != value:
             raise ValueError(
-                f"{file} says model.{name}={value!r}, but the arrays are of a model with "
+                f"{file} says config.model.{name}={value!r}, but the arrays are of a model with "
                 f"{ours[field]!r}: it is another model's"
             )
     like = architecture.towers_like(model)
@@ -143,7 +148,9 @@ def layout_of(
         return huggingface.LAYOUT
     if format == "declip":
         return declip.layout(kind, method)
-    return openai.layout(kind, proj_bias and format == "open_clip")
+    if format == "open_clip":
+        return openai.layout(kind, proj_bias, logit_bias=True)
+    return openai.layout(kind)
 
 
 def _without_text_prefix(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -177,8 +184,9 @@ def _detect(
             found = "open_clip"
         elif {*openai.SIZES} <= {*names}:
             found = "openai"
-        else:  # a linear layer is open_clip's alone
-            found = "open_clip" if "text_projection.weight" in names else ""
+        else:  # a linear layer and a bias of the logits are open_clip's alone
+            theirs = {"text_projection.weight", "logit_bias"} & {*names}
+            found = "open_clip" if theirs else ""
         method = "alip" if found == "alip" else "clip"
     else:
         first = ", ".join(sorted(names)[:5])

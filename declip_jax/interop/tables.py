@@ -61,6 +61,11 @@ class Layout(NamedTuple):
     entries: tuple[Entry, ...]
     ignored: tuple[str, ...] = ()  # regular expressions: names of theirs without a counterpart
 
+    def of_every_image_tower(self) -> list[str]:
+        """Paths in the image tower that do not depend on its sizes."""
+        of_image = (e for e in self.entries if e.ours.startswith("params/image/") and not e.stacked)
+        return [entry.ours for entry in of_image if "{" not in entry.ours]
+
 
 class _Place(NamedTuple):
     """Where a variable of ours lies in their state dict."""

@@ -1,11 +1,11 @@
 """Hugging Face's tokenizer files, which give the ids that a model was trained with.
 
 A `tokenizer.json` holds the tokenizer that the model was trained with and, before it, rules for raw
-texts. These do what `data.tokenizer.clean` does, so that who uses a model need not know of the
+texts. These do what `data.tokenizer`'s `clean` does, so that who uses a model need not know of the
 cleaning. A rule replaces what a regular expression matches by a constant: there is one for every
 character that others are spellings of.
 
-What such rules cannot do, and where ids therefore differ from those of `data.tokenizer.tokenize`:
+What such rules cannot do, and where ids therefore differ from those that it encodes:
 
 - What ftfy guesses: a text decoded with the wrong encoding ("CafÃ©") stays as it is.
 - Some character references stay as they are: numeric ones beyond U+00FF, unless to punctuation or
@@ -66,7 +66,7 @@ def write_tokenizer(folder: Path, context: int) -> None:
 
 
 def _rules() -> list[Normalizer]:
-    """`data.tokenizer.clean` as rules, which are applied one after another.
+    """`data.tokenizer`'s `clean` as rules, which are applied one after another.
 
     In their regular expressions, Oniguruma's, `\\K` leaves out of the match what stands before it,
     and `\\G` is where the last match ended.

@@ -1,5 +1,6 @@
 """A model that was read, as a run or an evaluation wants it: other sizes, other heads."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,14 +9,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from declip_jax.interop import tables
-from declip_jax.interop.architecture import TOWERS, part_of
+from declip_jax.interop.architecture import OF_TRAINING, TOWERS, part_of, sections
 from declip_jax.interop.pretrained import Pretrained
+from declip_jax.models.two_towers import Model
 
 TOKENS = ("params", "text", "token_embedding", "embedding")
 
 
 def fit(
-    pretrained: Pretrained, like: Mapping[str, Any], model: Mapping[str, Any], resize: bool = False
+    pretrained: Pretrained, like: Mapping[str, Any], model: Any, resize: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
     """What a run takes of a pretrained model.
 
@@ -25,7 +27,7 @@ def fit(
     Args:
       pretrained: from `pretrained.read`.
       like: {"params": …, "batch_stats": …} of the run, arrays or ShapeDtypeStructs.
-      model: the run's `config.model`.
+      model: the run's `config.model`, or the `Model` read of it.
       resize: interpolate the positions to the run's image size, cut or interpolate those of words
         to its context.
 
@@ -37,6 +39,7 @@ def fit(
       ValueError: another architecture, by field; arrays that are missing, unexpected or misshapen,
         all of them by name.
     """
+    model = Model.read(model, "config.model")
     differences = _differences(pretrained, model, resize)
     if differences:
         raise ValueError(
@@ -45,9 +48,7 @@ def fit(
         )
     notes = list(pretrained.notes)
     if resize:
-        pretrained, lines = resized(
-            pretrained, model["image"]["resolution"], model["text"]["context"]
-        )
+        pretrained, lines = resized(pretrained, model.image.resolution, model.text.context)
         notes += lines
     heads = {*like["params"]} - {*TOWERS}
     theirs = {*pretrained.variables["params"]} - {*TOWERS}
@@ -60,7 +61,7 @@ def fit(
         notes.append(f"tokens {missing} are not in it: new (the mask is such a token)")
     tables.check(pretrained.layout, taken, unflatten_dict(wanted))
     if pretrained.unknown:
-        values = ", ".join(f"{n}={_get(model, n)!r}" for n in pretrained.unknown)
+        values = ", ".join(f"{n}={operator.attrgetter(n)(model)!r}" for n in pretrained.unknown)
         notes.append(f"not told by the file, taken from the configuration: {values}")
     for names, what in ((heads - theirs, "not in it, start anew"), (theirs - heads, "left out")):
         if names:
@@ -82,70 +83,52 @@ def resized(pretrained: Pretrained, resolution: int, context: int) -> tuple[Pret
       ValueError: an image size that patches do not fill, or less than three tokens.
     """
     params, notes = dict(pretrained.variables["params"]), []
-    image, text = pretrained.model["image"], pretrained.model["text"]
-    step = image.get("patch", 32)
+    image, text = sections(pretrained.model)
+    step = image.step
     if resolution < step or resolution % step:
         raise ValueError(f"an image size of {resolution} px is no multiple of {step}, a patch's.")
     if context < 3:
         raise ValueError(f"a context of {context} tokens leaves no room for a word: at least 3.")
-    if resolution != image["resolution"]:
-        before, after = image["resolution"] // step, resolution // step
-        path = () if image["kind"] == "vit" else ("attnpool",)
-
-        def replace(tree: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-            if path:
-                return {**tree, path[0]: replace(tree[path[0]], path[1:])}
-            first, grid = np.split(
-                tree["positional_embedding"], [1]
-            )  # of the class token, the mean
-            grid = grid.reshape(before, before, -1)  # [g * g, w] -> [g, g, w]
-            grid = jax.image.resize(grid, (after, after, grid.shape[-1]), "cubic")
-            grid = np.asarray(grid).reshape(after * after, -1)  # [G, G, w] -> [G * G, w]
-            return {**tree, "positional_embedding": np.concatenate([first, grid])}
-
-        params["image"] = replace(params["image"], path)
-        notes.append(
-            f"positions of {before}×{before} patches were interpolated to {after}×{after}, for "
-            f"{resolution} px"
-        )
-    if context != text["context"]:
+    if resolution != image.resolution:
+        fitted = image.resize(params["image"], resolution)
+        if fitted is not params["image"]:
+            before, after = image.side, resolution // step
+            notes.append(
+                f"positions of {before}×{before} patches were interpolated to {after}×{after}, for "
+                f"{resolution} px"
+            )
+        params["image"] = fitted
+    if context != text.context:
         positions = params["text"]["positional_embedding"]
-        if context < text["context"]:
+        if context < text.context:
             positions = positions[:context]
-            notes.append(f"positions of {text['context']} tokens were cut to {context}")
+            notes.append(f"positions of {text.context} tokens were cut to {context}")
         else:
             shape = (context, positions.shape[1])
             positions = np.asarray(jax.image.resize(positions, shape, "linear", antialias=False))
-            notes.append(f"positions of {text['context']} tokens were interpolated to {context}")
+            notes.append(f"positions of {text.context} tokens were interpolated to {context}")
         params["text"] = {**params["text"], "positional_embedding": positions}
     side = pretrained.short_side
     return pretrained._replace(
         variables={**pretrained.variables, "params": params},
         model={
             **pretrained.model,
-            "image": {**image, "resolution": resolution},
-            "text": {**text, "context": context},
+            "image": {**image.as_dict(), "resolution": resolution},
+            "text": {**text.as_dict(), "context": context},
         },
-        short_side=side and round(side * resolution / image["resolution"]),
+        short_side=side and round(side * resolution / image.resolution),
     ), notes
 
 
-def _get(model: Mapping[str, Any], name: str) -> Any:
-    for part in name.split("."):
-        model = model[part]
-    return model
-
-
-def _differences(pretrained: Pretrained, model: Mapping[str, Any], resize: bool) -> list[str]:
+def _differences(pretrained: Pretrained, model: Model, resize: bool) -> list[str]:
     """Lines "field: in the file, in the configuration" of what makes another model."""
-    lines = []
-    for name, value in flatten_dict(pretrained.model, sep=".").items():
-        section, _, field = name.rpartition(".")
-        ours = model[section] if section else model
-        own = ours.get(field, "absent")
-        if name in pretrained.unknown or field == "bn_group_size":
+    lines, ours = [], flatten_dict(model.as_dict(), sep=".")
+    image, text = sections(pretrained.model)
+    theirs = {**pretrained.model, "image": image.as_dict(), "text": text.as_dict()}
+    for name, value in flatten_dict(theirs, sep=".").items():
+        own = ours.get(name, "absent")
+        if name in pretrained.unknown or name.removeprefix("image.") in OF_TRAINING:
             continue
-        own = tuple(own) if isinstance(own, (list, tuple)) else own
         if own == value or (name == "text.vocab_size" and own > value):
             continue
         if name in ("image.resolution", "text.context"):
@@ -154,5 +137,5 @@ def _differences(pretrained: Pretrained, model: Mapping[str, Any], resize: bool)
             hint = f"set config.model.{name}={value}, or config.init_resize=True"
         else:
             hint = f"set config.model.{name}={value}"
-        lines.append(f"model.{name}: {value!r} in it, {own!r} in the configuration: {hint}")
+        lines.append(f"config.model.{name}: {value!r} in it, {own!r} in the configuration: {hint}")
     return lines

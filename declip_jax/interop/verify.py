@@ -46,12 +46,12 @@ def embeddings(
       pixels: float32 [N, H, W, 3], normalized.
       tokens: int32 [M, L].
     """
-    towers, variables = two_towers(config_of(model.model)), towers_of(model.variables)
+    network, variables = two_towers(config_of(model.model)), towers_of(model.variables)
 
     @jax.jit
     def encode(variables, pixels, tokens):
-        image = towers.apply(variables, pixels[:, None], method=TwoTowers.encode_image)
-        text = towers.apply(variables, tokens[:, None], method=TwoTowers.encode_text)
+        image = network.apply(variables, pixels[:, None], method=TwoTowers.encode_image)
+        text = network.apply(variables, tokens[:, None], method=TwoTowers.encode_text)
         return image.embedding[:, 0], text.embedding[:, 0]
 
     with jax.default_matmul_precision("highest"):
@@ -61,8 +61,9 @@ def embeddings(
 
 def ours(model: Pretrained, pixels: np.ndarray, tokens: np.ndarray) -> Features:
     """Features by our towers; arguments as for `embeddings`."""
-    scale = model.variables["params"]["logit_scale"]
-    return _features(*embeddings(model, pixels, tokens), scale)
+    params = model.variables["params"]
+    bias = params.get("logit_bias", 0.0)
+    return _features(*embeddings(model, pixels, tokens), params["logit_scale"], bias)
 
 
 def theirs(folder: Path, format: str, pixels: np.ndarray, tokens: np.ndarray) -> Features:
@@ -97,8 +98,9 @@ def theirs(folder: Path, format: str, pixels: np.ndarray, tokens: np.ndarray) ->
                 network = _build_open_clip(library, torch, folder)
             network.eval()
             features = network.encode_image(images), network.encode_text(texts)
-        scale = network.logit_scale
-    return _features(*(x.detach().float().numpy() for x in (*features, scale)))
+        bias = getattr(network, "logit_bias", None)
+        found = *features, network.logit_scale, torch.zeros(()) if bias is None else bias
+    return _features(*(x.detach().float().numpy() for x in found))
 
 
 def version(format: str) -> str:
@@ -139,8 +141,8 @@ def _build_open_clip(library: Any, torch: Any, folder: Path) -> Any:
     return network
 
 
-def _features(image, text, logit_scale) -> Features:
+def _features(image, text, logit_scale, logit_bias) -> Features:
     image, text = (
         np.asarray(x) / np.linalg.norm(np.asarray(x), axis=-1, keepdims=True) for x in (image, text)
     )
-    return Features(image, text, np.exp(np.asarray(logit_scale)) * image @ text.T)
+    return Features(image, text, np.exp(np.asarray(logit_scale)) * image @ text.T + logit_bias)

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from declip_jax.data.tokenizer import EOT
+from declip_jax.data.tokenizer import CLIP_TOKENIZER
 from declip_jax.interop import huggingface, open_clip, openai, tables
-from declip_jax.interop.architecture import TOWERS, towers_of
+from declip_jax.interop.architecture import OF_TRAINING, TOWERS, part_of, sections
 from declip_jax.interop.pretrained import ACTIVATIONS, NOTES, Pretrained, layout_of
 from declip_jax.interop.tokenizer_files import write_json, write_tokenizer
+from declip_jax.models.vit import ViT
 
 FILES = {"open_clip": "open_clip_model.safetensors"}  # other formats: model.safetensors
 
@@ -26,55 +27,64 @@ def adapt(model: Pretrained, format: str) -> tuple[Pretrained, list[str]]:
       ValueError: what the format's program would compute otherwise, all of it, by field.
     """
     notes, sizes, variables = [], model.model, model.variables
-    image, text = sizes["image"], sizes["text"]
+    image, text = sections(sizes)
     problems = []
+    for section, tower in (("image", image), ("text", text)):
+        for name, usual in tower.options().items():
+            value = getattr(tower, name)
+            if value != usual and name not in OF_TRAINING:
+                problems.append(f"{section}.{name}={value!r}, there it is {usual!r}")
+    if "logit_bias" in variables["params"] and format != "open_clip":
+        problems.append("init_logit_bias is set, there logits have no bias")
     activation = ACTIVATIONS.get(format, sizes["activation"])
     if sizes["activation"] != activation:
-        problems.append(f"model.activation={sizes['activation']!r}, there it is {activation!r}")
+        problems.append(f"activation={sizes['activation']!r}, there it is {activation!r}")
     if format in ("openai", "alip"):
-        channels = {"image": image["width"] * (1 if image["kind"] == "vit" else 32)}
-        channels["text"] = text["width"]
         problems += [
-            f"model.{name}.heads={sizes[name]['heads']}, there a head has 64 of the {n} channels"
-            for name, n in channels.items()
-            if n != 64 * sizes[name]["heads"]
+            f"{name}.heads={heads}, there a head has 64 of the {channels} channels"
+            for name, heads, channels in (
+                ("image", image.heads, image.token_width),
+                ("text", text.heads, text.width),
+            )
+            if channels != 64 * heads
         ]
-    if format == "huggingface" and image["kind"] != "vit":
-        problems.append("model.image.kind='resnet', there is no ResNet there")
-    if format == "declip" and not text["proj_bias"]:
-        problems.append("model.text.proj_bias=False, there the projection of texts has a bias")
-    if format == "declip" and text["vocab_size"] != text["eot_id"] + 2:
+    if format == "huggingface" and not isinstance(image, ViT):
+        problems.append(f"image.kind={image.kind!r}, there is no ResNet there")
+    if format == "declip" and not text.proj_bias:
+        problems.append("text.proj_bias=False, there the projection of texts has a bias")
+    if format == "declip" and text.vocab_size != text.eot_id + 2:
         problems.append(
-            f"model.text.vocab_size={text['vocab_size']}, there the end token and the mask are last"
+            f"text.vocab_size={text.vocab_size}, there the end token and the mask are last"
         )
     # At the largest id of a text its feature is read there; the mask's is in none.
     argmax = format in ("open_clip", "openai", "alip")
-    if argmax and text["vocab_size"] > text["eot_id"] + 2:
+    if argmax and text.vocab_size > text.eot_id + 2:
         problems.append(
-            f"model.text.eot_id={text['eot_id']} of model.text.vocab_size={text['vocab_size']}, "
+            f"text.eot_id={text.eot_id} of text.vocab_size={text.vocab_size}, "
             "there a text ends in its largest id"
         )
     if problems:
         raise ValueError(
             f"{model.source} cannot be written in the format {format!r}: it would compute "
-            "something else.\n  " + "\n  ".join(problems)
+            "something else." + "".join(f"\n  config.model.{problem}" for problem in problems)
         )
 
-    if format == "open_clip" and model.short_side != image["resolution"]:
+    if format == "open_clip" and model.short_side != image.resolution:
         notes.append(
             f"the run's evaluation resizes the short side to {model.short_side} pixels before the "
-            f"crop; open_clip will resize it to the crop's {image['resolution']}"
+            f"crop; open_clip will resize it to the crop's {image.resolution}"
         )
-    if format == "huggingface" and text["eot_id"] != EOT:
+    if format == "huggingface" and text.eot_id != CLIP_TOKENIZER.end:
         notes.append("the tokenizer stays behind: the vocabulary is another one")
-    heads = sorted({*variables["params"]} - {*TOWERS})
+    held = (*TOWERS, "logit_bias")  # which other formats were refused with
+    heads = sorted({*variables["params"]} - {*held})
     if heads and format != "declip":
         notes.append(f"left out, since only DeCLIP's format has them: {', '.join(heads)}")
-        variables = towers_of(variables)
-    if text["proj_bias"] and format in ("huggingface", "openai", "alip"):
+        variables = part_of(variables, held)
+    if text.proj_bias and format in ("huggingface", "openai", "alip"):
         params, shift = _without_bias(variables["params"], format)
         variables = {**variables, "params": params}
-        sizes = {**sizes, "text": {**text, "proj_bias": False}}
+        sizes = {**sizes, "text": {**text.as_dict(), "proj_bias": False}}
         notes.append(
             "the bias of the text projection, which this format does not have, was moved into "
             f"ln_final.bias (which changes by {shift:.2g} at most): text features stay the same "
@@ -125,7 +135,7 @@ def write(folder: Path, model: Pretrained, format: str, notes: dict[str, Any]) -
     if format == "open_clip":
         write_json(
             folder / "open_clip_config.json",
-            open_clip.to_config(model.model, model.mean, model.std),
+            open_clip.to_config(model.model, model.mean, model.std, model.variables["params"]),
         )
     if format == "huggingface":
         config = huggingface.to_config(model.model)
@@ -133,7 +143,7 @@ def write(folder: Path, model: Pretrained, format: str, notes: dict[str, Any]) -
         write_json(
             folder / "preprocessor_config.json", huggingface.to_preprocessor_config(preprocess)
         )
-        if model.model["text"]["eot_id"] == EOT:
+        if model.model["text"]["eot_id"] == CLIP_TOKENIZER.end:
             write_tokenizer(folder, model.model["text"]["context"])
     told = {"format": format, "weights": file.name, "method": model.method, "model": model.model}
     write_json(folder / NOTES, {**told, "preprocess": preprocess, **notes})
@@ -153,9 +163,10 @@ def _without_bias(params: dict[str, Any], format: str) -> tuple[dict[str, Any], 
     # Features are about as long as the kernel's norm, since what it multiplies has unit variance.
     if not off <= 1e-6 * np.linalg.norm(kernel):
         raise ValueError(
-            f"the format {format!r} has no bias in the projection of texts (model.text.proj_bias), "
-            f"and this one cannot be moved elsewhere: the projection, {kernel.shape[0]} to "
-            f"{kernel.shape[1]}, does not reach it. open_clip's format has one."
+            f"the format {format!r} has no bias in the projection of texts "
+            "(config.model.text.proj_bias), and this one cannot be moved elsewhere: the "
+            f"projection, {kernel.shape[0]} to {kernel.shape[1]}, does not reach it. open_clip's "
+            "format has one."
         )
     text = {
         **text,

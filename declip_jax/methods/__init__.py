@@ -1,29 +1,30 @@
-"""Methods: each a value with a few pure functions. `build` looks one up by its name."""
+"""Methods: each a `Definition`. `build` assembles the one that has a name."""
 
-from declip_jax.methods import alip, clip, declip, defilip, filip, slip
-from declip_jax.methods.base import Aux, Method, Views
+from declip_jax.hints import did_you_mean
+from declip_jax.methods import alip, base, clip, declip, defilip, filip, slip
+from declip_jax.methods.base import Aux, Definition, Method, Views
 
 METHODS = {
-    "clip": clip.build,
-    "slip": slip.build,
-    "filip": filip.build,
-    "declip": declip.build,
-    "defilip": defilip.build,
-    "alip": alip.build,
+    "clip": clip.METHOD,
+    "slip": slip.METHOD,
+    "filip": filip.METHOD,
+    "declip": declip.METHOD,
+    "defilip": defilip.METHOD,
+    "alip": alip.METHOD,
 }
 
 
-def build(config, mesh) -> Method:
-    """Builds the method named by `config.method`, for arrays that lie over `mesh`.
+def build(name: str, *sections, **sizes) -> Method:
+    """Builds the method named by `config.method`; see `base.build` for the arguments.
 
     Raises:
       ValueError: unknown method, or a model or loss setting that it cannot take.
     """
-    if config.method not in METHODS:
+    if name not in METHODS:
         raise ValueError(
-            f"config.method={config.method!r} is not a method; expected one of {sorted(METHODS)}."
+            f"config.method={name!r} is not one of {sorted(METHODS)}.{did_you_mean(name, METHODS)}"
         )
-    return METHODS[config.method](config, mesh)
+    return base.build(METHODS[name], *sections, **sizes)
 
 
-__all__ = ["METHODS", "Aux", "Method", "Views", "build"]
+__all__ = ["METHODS", "Aux", "Definition", "Method", "Views", "build"]

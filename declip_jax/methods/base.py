@@ -1,7 +1,7 @@
-"""What a method is, and what the methods share. The training step knows nothing else about them."""
+"""What a method is, and what is assembled of it. The training step knows nothing else of them."""
 
+import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from declip_jax import support_set
 from declip_jax.losses import contrastive, ring
-from declip_jax.losses.contrastive import normalize
-from declip_jax.losses.late_interaction import late_interaction
-from declip_jax.models.text import real_tokens
-from declip_jax.models.two_towers import TwoTowers, two_towers
+from declip_jax.losses.contrastive import clip_loss, normalize
+from declip_jax.losses.options import Loss
+from declip_jax.models.features import ImageFeatures, TextFeatures
+from declip_jax.models.two_towers import Model, TwoTowers, two_towers
 
 PyTree = Any
 Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
 
 
 class Views(NamedTuple):
@@ -34,6 +34,124 @@ class Views(NamedTuple):
     padded: bool = False
 
 
+class Network(TwoTowers):
+    """The towers, and in a method's own class its heads: fields that `heads` fills."""
+
+    @classmethod
+    def of(cls, model: Model, loss: Loss) -> "Network":
+        return two_towers(model, cls, **cls.heads(model, loss))
+
+    @classmethod
+    def heads(cls, model: Model, loss: Loss) -> dict[str, Any]:
+        """The fields beside the towers; a subclass adds its own to its parents'."""
+        del model, loss
+        return {}
+
+    def __call__(self, batch: Batch, train: bool) -> dict[str, Any]:
+        image = self.encode_image(batch["image"], train)  # [B, V, ...]
+        text = self.encode_text(batch["tokens"])  # [B, T, ...]
+        return self.features(image, text, batch, train)
+
+    def features(
+        self, image: ImageFeatures, text: TextFeatures, batch: Batch, train: bool
+    ) -> dict[str, Any]:
+        """What the loss terms read: arrays whose first axis is the batch's or counts its parts."""
+        del batch, train
+        return {
+            "image": normalize(image.embedding),  # [B, V, D]
+            "text": normalize(text.embedding),  # [B, T, D]
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a loss term reads.
+
+    Attributes:
+      features: of the network, for the whole global batch.
+      batch: its tokens [B, T, L].
+      state: the method's own, as it was before this step.
+      scales: exp of "logit_scale" and of the method's other logit scales, by name.
+      model, loss: the sections of the configuration.
+      mesh: that arrays lie over.
+      info_nce, positive_rank: `losses.contrastive`'s, or those of less memory.
+    """
+
+    features: dict[str, Any]
+    batch: Batch
+    state: dict[str, PyTree]
+    scales: dict[str, jax.Array]
+    model: Model
+    loss: Loss
+    mesh: Mesh
+    info_nce: Callable
+    positive_rank: Callable
+    computed: dict[Any, Any] = dataclasses.field(default_factory=dict)  # see `once`
+
+    def image(self, view: int) -> jax.Array:
+        """[B, D] unit rows of an image view."""
+        return self.features["image"][:, view]
+
+    def text(self, view: int) -> jax.Array:
+        """[B, D] unit rows of a text view."""
+        return self.features["text"][:, view]
+
+    def contrast(self, image: jax.Array, text: jax.Array, weights=1.0) -> jax.Array:
+        """L(image, text) of docs/methods.md, a scalar; `weights` are of each pair, [B]."""
+        return clip_loss(image, text, self.scales["logit_scale"], weights, self.info_nce)
+
+
+def once(function: Callable) -> Callable:
+    """Makes function(x: Inputs, ...) compute a single time what several terms ask for."""
+
+    @functools.wraps(function)
+    def computed(x: Inputs, *args):
+        if (function, args) not in x.computed:
+            x.computed[function, args] = function(x, *args)
+        return x.computed[function, args]
+
+    return computed
+
+
+def rank_of_pairs(x: Inputs) -> jax.Array:
+    """How many captions are nearer to an image than its own, [B], of the first views."""
+    return x.positive_rank(x.image(0), x.text(0))
+
+
+class State(NamedTuple):
+    """State of a method beside its network's. It is checkpointed and sharded as parameters are.
+
+    Attributes:
+      init: (rng, embed_dim, loss) -> a pytree.
+      update: (the pytree, inputs of a step) -> its next value.
+      check: (loss, batch size, devices), raises ValueError for settings that could not work.
+    """
+
+    init: Callable[[jax.Array, int, Loss], PyTree]
+    update: Callable[[PyTree, Inputs], PyTree]
+    check: Callable[[Loss, int, int], None] = lambda loss, batch_size, devices: None
+
+
+class Definition(NamedTuple):
+    """A method: what distinguishes it from the others.
+
+    Attributes:
+      views: (loss) -> what it asks of the pipeline.
+      terms: its loss terms by name; `config.loss.weights` has one weight for each.
+      network: the towers and its heads.
+      state: its own, by name.
+      metrics: (inputs) -> scalars to log beside the terms.
+      rank: (inputs) -> ranks [B] that "top1" and "top5" are the accuracy of.
+    """
+
+    views: Callable[[Loss], Views]
+    terms: Mapping[str, Callable[[Inputs], jax.Array]]
+    network: type[Network] = Network
+    state: Mapping[str, State] = {}
+    metrics: Callable[[Inputs], Metrics] = lambda x: {}
+    rank: Callable[[Inputs], jax.Array] = rank_of_pairs
+
+
 class Aux(NamedTuple):
     """What a loss returns beside its value.
 
@@ -43,12 +161,12 @@ class Aux(NamedTuple):
       model_state: the new value of the state that is not parameters.
     """
 
-    metrics: dict[str, jax.Array]
+    metrics: Metrics
     model_state: PyTree
 
 
 class Method(NamedTuple):
-    """A training method as pure functions.
+    """A training method as pure functions, assembled of its definition by `build`.
 
     B is the global batch, V image views, T text views, L tokens, D the embedding width.
     `params` are what the optimizer updates. `model_state` is all other state: BN statistics, a
@@ -76,54 +194,145 @@ class Encoders(NamedTuple):
     encode_text: Callable[[PyTree, PyTree, jax.Array], jax.Array]
 
 
-class Contrast(NamedTuple):
-    """How features are compared: `losses.contrastive`'s functions, or those of less memory."""
+def build(
+    definition: Definition,
+    model: Model,
+    loss: Loss,
+    *,
+    batch_size: int,
+    microbatches: int,
+    mesh: Mesh,
+) -> Method:
+    """Assembles a method.
 
-    info_nce: Callable
-    positive_rank: Callable
+    Args:
+      definition: of the method.
+      model, loss: sections of the configuration.
+      batch_size: of a step, over all devices.
+      microbatches: parts that it is encoded in; see `make_encode`.
+      mesh: that arrays lie over.
+
+    Raises:
+      ValueError: a setting that the method cannot take.
+    """
+    check_weights(loss.weights, definition.terms)
+    for state in definition.state.values():
+        state.check(loss, batch_size, mesh.size)
+    network, views = definition.network.of(model, loss), definition.views(loss)
+    encode = make_encode(network, microbatches)
+    tools = dict(mesh=mesh, info_nce=choose(loss, mesh, "info_nce"))
+    tools["positive_rank"] = choose(loss, mesh, "positive_rank")
+
+    def init(rng):
+        size, context = model.image.resolution, model.text.context
+        batch = {
+            "image": jnp.zeros((1, len(views.image), size, size, 3)),
+            "tokens": jnp.full((1, len(views.text), context), model.text.eot_id, jnp.int32),
+            "mlm_labels": jnp.full((1, context), -1, jnp.int32),
+        }
+        variables = network.init(rng, batch, train=False)
+        own = {
+            name: state.init(jax.random.fold_in(rng, number), model.embed_dim, loss)
+            for number, (name, state) in enumerate(definition.state.items(), start=1)
+        }
+        return variables.pop("params"), {**variables, **own}
+
+    def compute_loss(params, model_state, batch, rng):
+        features, model_state = encode(params, model_state, batch, rng)
+        scales = {
+            name: exp_scale(params[name], loss.max_scale if name == "logit_scale" else 0)
+            for name in _logit_scales(params)
+        }
+        x = Inputs(features, batch, model_state, scales, model, loss, **tools)
+        terms = {name: term(x) for name, term in definition.terms.items()}
+        total = weighted_sum(terms, loss.weights)
+        rank = definition.rank(x)
+        accuracy = {"top1": (rank < 1).mean(), "top5": (rank < 5).mean()}
+        metrics = {"loss": total, **terms, **scales, **definition.metrics(x), **accuracy}
+        own = {name: s.update(model_state[name], x) for name, s in definition.state.items()}
+        return total, Aux(metrics, {**model_state, **own})
+
+    def constrain(params):
+        limited = {n: jnp.clip(params[n], *loss.logit_scale_range) for n in _logit_scales(params)}
+        return {**params, **limited}
+
+    return Method(views, init, compute_loss, constrain, *encoders(network))
 
 
-def contrast(config, mesh: Mesh) -> Contrast:
-    """Plain logits below `config.loss.ring_threshold` rows, blocks of them on a ring from there."""
-    block, threshold = config.loss.block, config.loss.ring_threshold
-    if block < 1:
-        raise ValueError(f"config.loss.block={block} must be at least 1.")
+def encoders(network: TwoTowers) -> Encoders:
+    """Encoders of one view, in evaluation mode."""
 
-    def choose(plain, blockwise):
-        def either(x, y, *args, **kwargs):
-            if len(x) < threshold:
-                return plain(x, y, *args, **kwargs)
-            return blockwise(x, y, *args, mesh=mesh, block=block, **kwargs)
+    def encode(method, params, model_state, inputs):
+        variables = {"params": params, **_of_network(model_state)}
+        features = network.apply(variables, inputs[:, None], method=method)  # [B, ...], one view
+        return normalize(features.embedding[:, 0])
 
-        return either
-
-    return Contrast(
-        choose(contrastive.info_nce, ring.info_nce),
-        choose(contrastive.positive_rank, ring.positive_rank),
+    return Encoders(
+        functools.partial(encode, type(network).encode_image),
+        functools.partial(encode, type(network).encode_text),
     )
 
 
-def accuracy(rank: jax.Array) -> dict[str, jax.Array]:
-    """Share of images whose own caption is nearest, or among the nearest five, by ranks [B]."""
-    return {"top1": (rank < 1).mean(), "top5": (rank < 5).mean()}
+def make_encode(network: Network, microbatches: int) -> Callable:
+    """Returns encode(params, model_state, batch, rng) -> (features, model_state), in training mode.
 
-
-def check_weights(weights: Mapping[str, float], terms: tuple[str, ...]) -> dict[str, float]:
-    """Returns `weights` as a dict if it has exactly one weight for each of the method's `terms`.
-
-    Raises:
-      ValueError: a term without a weight, a weight without a term, or weights that mean nothing.
+    Features are what the network returns, arrays whose first axis is that of the batch or counts
+    parts of it. With microbatches, parts of the batch go through one after the other and again in
+    the backward pass, so that only one part's activations live; the loss still sees all features.
+    Batch normalization then has the statistics of each part.
     """
+
+    def encode_part(params, stats, batch, rng):
+        return network.apply(
+            {"params": params, **stats},
+            batch,
+            train=True,
+            mutable=list(stats),
+            rngs={"patch_dropout": rng},
+        )
+
+    def encode(params, model_state, batch, rng):
+        stats = _of_network(model_state)
+        if microbatches == 1:
+            features, stats = encode_part(params, stats, batch, rng)
+            return features, {**model_state, **stats}
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)  # nothing to merge with in a scan
+        def body(stats, part):
+            features, stats = encode_part(params, stats, *part)
+            return stats, features
+
+        # Every m-th example, so that each part lies over all devices as the batch does:
+        # [B, ...] -> [B / m, m, ...] -> [m, B / m, ...]
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        stats, features = jax.lax.scan(body, stats, (parts, jax.random.split(rng, microbatches)))
+        # [m, B / m, ...] -> [B / m, m, ...] -> [B, ...]
+        features = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), features)
+        return features, {**model_state, **stats}
+
+    return encode
+
+
+def choose(loss: Loss, mesh: Mesh, name: str) -> Callable:
+    """`losses.contrastive`'s function below `ring_threshold` rows, `losses.ring`'s from there."""
+    plain = getattr(contrastive, name)
+    blockwise = functools.partial(getattr(ring, name), mesh=mesh, block=loss.block)
+
+    def either(x, y, *args, **kwargs):
+        return (plain if len(x) < loss.ring_threshold else blockwise)(x, y, *args, **kwargs)
+
+    return either
+
+
+def check_weights(weights: Mapping[str, float], terms: Mapping[str, Any]) -> None:
+    """Raises ValueError unless there is exactly one weight for each of the method's `terms`."""
     if set(weights) != set(terms):
         raise ValueError(
             f"config.loss.weights has {sorted(weights)}, but the method's loss terms are "
             f"{sorted(terms)}: name each term exactly once (a weight of 0 switches one off)."
         )
-    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
-        raise ValueError(
-            f"config.loss.weights={dict(weights)} must be at least 0, and not all of them 0."
-        )
-    return dict(weights)
 
 
 def weighted_sum(terms: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:
@@ -147,179 +356,10 @@ def exp_scale(logit_scale: jax.Array, cap: float) -> jax.Array:
     return jnp.minimum(constant, cap) + (scale - constant)
 
 
-def logit_scale_limits(limits) -> tuple[float, float]:
-    """Returns `config.loss.logit_scale_range` as (low, high); raises ValueError if it is not."""
-    if len(limits) != 2 or not limits[0] <= limits[1]:
-        raise ValueError(
-            f"config.loss.logit_scale_range={tuple(limits)} must be (low, high), low <= high."
-        )
-    return tuple(limits)
+def _logit_scales(params: PyTree) -> list[str]:
+    return [name for name in params if name.startswith("logit_scale")]
 
 
-def clamp_logit_scale(params: PyTree, limits: tuple[float, float]) -> PyTree:
-    """Keeps logit_scale and, where there is one, logit_scale_dense within `limits`.
-
-    The limits are of the parameters, which are logarithms.
-    """
-    scales = [name for name in ("logit_scale", "logit_scale_dense") if name in params]
-    return {**params, **{name: jnp.clip(params[name], *limits) for name in scales}}
-
-
-def late_interaction_of(config, mesh: Mesh) -> Callable:
-    """Returns interact(patches [B, P, E], words [B, L, E], tokens [B, L]); see the loss."""
-    options, eot_id = config.loss.late_interaction, config.model.text.eot_id
-    if options.tokens < 0:
-        raise ValueError(
-            f"config.loss.late_interaction.tokens={options.tokens} must be at least 0 (0: all)."
-        )
-
-    def interact(patches, words, tokens):
-        mask = real_tokens(tokens, eot_id) if options.mask_padding else None
-        return late_interaction(
-            patches,
-            words,
-            tokens=options.tokens,
-            text_mask=mask,
-            mesh=mesh,
-            block=config.loss.block,
-        )
-
-    return interact
-
-
-class SupportSet:
-    """The support set of a run: what `support_set` computes, with the config's settings.
-
-    Raises:
-      ValueError: settings that could not work.
-    """
-
-    def __init__(self, config, mesh: Mesh):
-        options = config.loss.support_set
-        enqueued = 2 * config.batch_size
-        support_set.check(options.size, mesh.size, enqueued, options.neighbors, options.young_steps)
-        self._mesh, self._block = mesh, config.loss.block
-        self._size, self._width = options.size, config.model.embed_dim
-        self._neighbors, self._young = options.neighbors, options.young_steps * enqueued
-
-    def init(self, rng: jax.Array) -> support_set.State:
-        return support_set.init(rng, self._size, self._width)
-
-    def look_up(self, state, text: jax.Array, augmented: jax.Array):
-        """The neighbors of captions [B, D] and augmented captions [B, D] in the set as it is.
-
-        Returns:
-          [B, k, D] twice, and metrics.
-        """
-        queries = jnp.stack([text, augmented], axis=1).reshape(-1, self._width)  # -> [2B, D]
-        found = support_set.nearest(
-            state, queries, self._neighbors, mesh=self._mesh, block=self._block
-        )
-        # [2B, k, D] -> [B, 2, k, D]
-        rows = found.rows.reshape(len(text), 2, *found.rows.shape[1:])
-        return rows[:, 0], rows[:, 1], support_set.metrics(found, state, young_rows=self._young)
-
-    def enqueue(self, state, text: jax.Array, augmented: jax.Array) -> support_set.State:
-        """The augmented captions enter first, then the captions."""
-        return support_set.enqueue(state, jnp.concatenate([augmented, text]), mesh=self._mesh)
-
-    @staticmethod
-    def origin(age: int, batch_size: int) -> tuple[int, int, int]:
-        """Where a row of this age came from.
-
-        Returns:
-          How many steps after it there have been, its text view (0: the caption, -1: the augmented
-          caption), and its pair's place in the batch.
-        """
-        steps, later = divmod(age, 2 * batch_size)
-        view, place = divmod(2 * batch_size - 1 - later, batch_size)
-        return steps, view - 1, place
-
-
-def unit_tokens(tokens: jax.Array) -> jax.Array:
-    """Tokens [..., E] scaled to unit length in float32, in their own dtype."""
-    return normalize(tokens.astype(jnp.float32)).astype(tokens.dtype)
-
-
-def masked_views(config) -> tuple[str, ...]:
-    """Text views of a method with masked captions: the first is contrasted, the last is masked.
-
-    The published methods contrast the masked caption itself.
-    """
-    return ("masked",) if config.loss.contrast_masked else ("caption", "masked")
-
-
-def _batch_stats(model_state: PyTree) -> PyTree:
+def _of_network(model_state: PyTree) -> PyTree:
     """The part of `model_state` that is a network's."""
     return {name: model_state[name] for name in model_state if name == "batch_stats"}
-
-
-def make_encode(network: TwoTowers, microbatches: int) -> Callable[[PyTree, PyTree, Batch], tuple]:
-    """Returns encode(params, model_state, batch) -> (features, model_state), in training mode.
-
-    Features are what the network returns, arrays whose first axis is that of the batch or counts
-    parts of it. With microbatches, parts of the batch go through one after the other and again in
-    the backward pass, so that only one part's activations live; the loss still sees all features.
-    Batch normalization then has the statistics of each part.
-    """
-
-    def encode_part(params, stats, batch):
-        features, stats = network.apply(
-            {"params": params, **stats}, batch, train=True, mutable=list(stats)
-        )
-        return features, stats
-
-    def encode(params, model_state, batch):
-        stats = _batch_stats(model_state)
-        if microbatches == 1:
-            features, stats = encode_part(params, stats, batch)
-            return features, {**model_state, **stats}
-
-        @functools.partial(jax.checkpoint, prevent_cse=False)  # nothing to merge with in a scan
-        def body(stats, part):
-            features, stats = encode_part(params, stats, part)
-            return stats, features
-
-        # Every m-th example, so that each part lies over all devices as the batch does:
-        # [B, ...] -> [B / m, m, ...] -> [m, B / m, ...]
-        parts = jax.tree.map(
-            lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-        stats, features = jax.lax.scan(body, stats, parts)
-        # [m, B / m, ...] -> [B / m, m, ...] -> [B, ...]
-        features = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), features)
-        return features, {**model_state, **stats}
-
-    return encode
-
-
-def network_functions(network: TwoTowers, config, views: Views) -> dict[str, Callable]:
-    """The `init`, `encode_image` and `encode_text` of a method's network."""
-
-    def init(rng):
-        size, context = config.model.image.resolution, config.model.text.context
-        batch = {
-            "image": jnp.zeros((1, len(views.image), size, size, 3)),
-            "tokens": jnp.full((1, len(views.text), context), config.model.text.eot_id, jnp.int32),
-            "mlm_labels": jnp.full((1, context), -1, jnp.int32),
-        }
-        variables = network.init(rng, batch, train=False)
-        return variables.pop("params"), variables
-
-    def encode_image(params, model_state, images):
-        variables = {"params": params, **_batch_stats(model_state)}
-        features = network.apply(variables, images[:, None], method=TwoTowers.encode_image)
-        return normalize(features.embedding[:, 0])
-
-    def encode_text(params, model_state, tokens):
-        variables = {"params": params, **_batch_stats(model_state)}
-        features = network.apply(variables, tokens[:, None], method=TwoTowers.encode_text)
-        return normalize(features.embedding[:, 0])
-
-    return {"init": init, "encode_image": encode_image, "encode_text": encode_text}
-
-
-def encoders(config) -> Encoders:
-    """Those of the towers that `config.model` describes."""
-    functions = network_functions(two_towers(config.model), config, Views((), ()))
-    return Encoders(functions["encode_image"], functions["encode_text"])

@@ -1,79 +1,76 @@
 """FILIP: Yao et al., Fine-grained Interactive Language-Image Pre-Training,
 https://arxiv.org/abs/2111.07783, with the token selection of DeCLIP's published code."""
 
-import math
-
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
-from declip_jax.losses.contrastive import clip_loss, normalize, positive_rank_of
-from declip_jax.losses.late_interaction import filip_loss
-from declip_jax.methods import base
-from declip_jax.methods.base import Aux, Method, Views
+from declip_jax.losses.contrastive import normalize, positive_rank_of
+from declip_jax.losses.late_interaction import filip_loss, late_interaction
+from declip_jax.methods.base import Definition, Inputs, Network, Views, once
+from declip_jax.methods.clip import clip
 from declip_jax.models.heads import linear
-from declip_jax.models.two_towers import TwoTowers, two_towers
+from declip_jax.models.text import real_tokens
 
 
-class Network(TwoTowers):
+class FilipNetwork(Network):
     image_mapping: nn.Dense
     text_mapping: nn.Dense
 
+    @classmethod
+    def heads(cls, model, loss):
+        dense, dtype = model.heads.dense, model.compute.dtype
+        return {
+            **super().heads(model, loss),
+            "image_mapping": linear(model.image.token_width, dense, dtype),
+            "text_mapping": linear(model.text.width, dense, dtype),
+        }
+
     def setup(self):
         super().setup()
-        start = nn.initializers.constant(-math.log(0.07))
+        start = nn.initializers.constant(self.init_logit_scale)
         self.logit_scale_dense = self.param("logit_scale_dense", start, ())
 
-    def __call__(self, batch, train):
-        image = self.encode_image(batch["image"], train)
-        text = self.encode_text(batch["tokens"])
+    def features(self, image, text, batch, train):
         return {
-            "image": normalize(image.embedding[:, 0]),  # [B, D]
-            "text": normalize(text.embedding[:, 0]),  # [B, D]
-            "patches": base.unit_tokens(self.image_mapping(image.tokens[:, 0])),  # [B, P, E]
-            "words": base.unit_tokens(self.text_mapping(text.words[:, 0])),  # [B, L, E]
+            **super().features(image, text, batch, train),
+            "patches": unit(self.image_mapping(image.tokens)),  # [B, V, P, E]
+            "words": unit(self.text_mapping(text.words)),  # [B, T, L, E]
         }
 
 
-def build(config, mesh) -> Method:
-    towers, dense = two_towers(config.model), config.model.heads.dense
-    network = Network(
-        towers.image,
-        towers.text,
-        image_mapping=linear(towers.image.token_width, dense, towers.image.dtype),
-        text_mapping=linear(towers.text.width, dense, towers.text.dtype),
+def unit(tokens: jax.Array) -> jax.Array:
+    """Tokens [..., E] scaled to unit length in float32, in their own dtype."""
+    return normalize(tokens.astype(jnp.float32)).astype(tokens.dtype)
+
+
+@once
+def similarities(x: Inputs, image: int = 0, text: int = 0):
+    """Of all images with all texts and the reverse, [B, B] each, of one view of either."""
+    options, tokens = x.loss.late_interaction, x.batch["tokens"][:, text]  # [B, L]
+    return late_interaction(
+        x.features["patches"][:, image],
+        x.features["words"][:, text],
+        tokens=options.tokens,
+        text_mask=real_tokens(tokens, x.model.text.eot_id) if options.mask_padding else None,
+        mesh=x.mesh,
+        block=x.loss.block,
     )
-    encode = base.make_encode(network, config.microbatches)
-    contrast = base.contrast(config, mesh)
-    interact = base.late_interaction_of(config, mesh)
-    weights = base.check_weights(config.loss.weights, terms=("clip", "filip"))
-    limits = base.logit_scale_limits(config.loss.logit_scale_range)
-    views = Views(
+
+
+def filip(x: Inputs, image: int = 0, text: int = 0):
+    return filip_loss(*similarities(x, image, text), x.scales["logit_scale_dense"])
+
+
+METHOD = Definition(
+    views=lambda loss: Views(
         image=("strong",),
-        text=base.masked_views(config)[:1],
-        padded=not config.loss.late_interaction.mask_padding,
-    )
-
-    def loss(params, model_state, batch, rng):
-        del rng
-        features, model_state = encode(params, model_state, batch)
-        image, text = features["image"], features["text"]
-        scale = base.exp_scale(params["logit_scale"], config.loss.max_scale)
-        dense_scale = base.exp_scale(params["logit_scale_dense"], 0)
-        similarities = interact(features["patches"], features["words"], batch["tokens"][:, 0])
-
-        terms = {
-            "clip": clip_loss(image, text, scale, info_nce=contrast.info_nce),
-            "filip": filip_loss(*similarities, dense_scale),
-        }
-
-        total = base.weighted_sum(terms, weights)
-        # The similarities that are trained, whatever the weights.
-        accuracy = base.accuracy(positive_rank_of(similarities[0]))
-        metrics = {"loss": total, **terms, "logit_scale": scale, "logit_scale_dense": dense_scale}
-        return total, Aux({**metrics, **accuracy}, model_state)
-
-    return Method(
-        views=views,
-        loss=loss,
-        constrain=lambda params: base.clamp_logit_scale(params, limits),
-        **base.network_functions(network, config, views),
-    )
+        # As published, the masked caption is contrasted.
+        text=("masked",) if loss.contrast_masked else ("caption",),
+        padded=not loss.late_interaction.mask_padding,
+    ),
+    network=FilipNetwork,
+    terms={"clip": clip, "filip": filip},
+    # The similarities that are trained, whatever the weights.
+    rank=lambda x: positive_rank_of(similarities(x, 0, 0)[0]),
+)

@@ -13,7 +13,9 @@ class ImageFeatures(NamedTuple):
 
     embedding: jax.Array  # [..., D] projected, not normalized
     pooled: jax.Array  # [..., width] what the projection reads
-    tokens: jax.Array  # [..., P, width] patch tokens after the last block, or cells of the last map
+    tokens: (
+        jax.Array
+    )  # [..., P, width] the patches kept, after the last block, or cells of the last map
 
 
 class TextFeatures(NamedTuple):

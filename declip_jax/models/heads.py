@@ -6,6 +6,17 @@ from flax import linen as nn
 
 from declip_jax.models.batchnorm import BatchNorm
 from declip_jax.models.init import conv_kernel, linear_bias
+from declip_jax.section import Section, at_least
+
+
+class Heads(Section):
+    """`config.model.heads`: widths of the methods' own layers."""
+
+    projector: int = at_least(1)  # DeCLIP: SimSiam's projector, hidden and out
+    predictor: int = at_least(1)  # DeCLIP: SimSiam's predictor, hidden
+    simclr_hidden: int = at_least(1)  # SLIP
+    simclr: int = at_least(1)  # SLIP: out
+    dense: int = at_least(1)  # FILIP: of each token
 
 
 def linear(fan_in: int, features: int, dtype: jnp.dtype, name: str | None = None) -> nn.Dense:

@@ -10,6 +10,9 @@ from flax import linen as nn
 from declip_jax.models.batchnorm import BatchNorm
 from declip_jax.models.features import ImageFeatures
 from declip_jax.models.init import conv_kernel, linear_bias
+from declip_jax.models.tower import ImageTower
+from declip_jax.models.transformer import Compute
+from declip_jax.section import at_least, one_of
 
 
 def _pool(x: jax.Array, stride: int) -> jax.Array:
@@ -71,6 +74,55 @@ class AttentionPool(nn.Module):
         return dense(self.embed_dim, name="c_proj")(pooled), pooled
 
 
+class ResNet(ImageTower):
+    """`config.model.image` of kind "resnet"."""
+
+    first_layer = "conv1"
+    family = "RN"
+    has_batch_stats = True
+    step = 32
+
+    kind: str = one_of("resnet")
+    width: int = at_least(1)  # channels of the first stage, whose blocks end in 4 times as many
+    layers: tuple[int, int, int, int] = at_least(1)  # of the four stages
+    heads: int = at_least(1)  # of the attention pool, over 32 * width channels
+    bn_group_size: int = at_least(0, 0)  # examples that share batch statistics; 0: all
+
+    def demands(self, where):
+        yield self.resolution % 32 == 0, "resolution", "a multiple of 32"
+        yield self.width % 2 == 0, "width", "an even number"
+        fits = self.token_width % self.heads == 0
+        yield fits, "heads", f"a divisor of 32 * {where}.width={self.token_width}"
+
+    @property
+    def token_width(self) -> int:
+        return 32 * self.width
+
+    def describe(self) -> str:
+        return f"ResNet {'-'.join(map(str, self.layers))}"
+
+    def build(self, embed_dim, activation, compute):
+        del activation  # ReLU
+        return ModifiedResNet(self, embed_dim, compute)
+
+    @classmethod
+    def recognize(cls, shapes):
+        width = shapes.of("image/conv3/kernel", 4)[3]
+        blocks = {path.split("/")[1] for path in shapes if path.startswith("image/layer")}
+        return cls(
+            kind="resnet",
+            resolution=32 * shapes.side("image/attnpool/positional_embedding"),
+            width=width,
+            layers=tuple(
+                sum(name.startswith(f"layer{n}_") for name in blocks) for n in range(1, 5)
+            ),
+            heads=max(1, 32 * width // 64),
+        )
+
+    def resize(self, params, resolution):
+        return {**params, "attnpool": self.resize_positions(params["attnpool"], resolution)}
+
+
 class ModifiedResNet(nn.Module):
     """Images [B * views, resolution, resolution, 3], views of an example in turn -> features.
 
@@ -81,29 +133,17 @@ class ModifiedResNet(nn.Module):
       ValueError: the images are not resolution x resolution; the positions are learned for it.
     """
 
-    resolution: int
-    width: int
-    layers: tuple[int, int, int, int]
-    heads: int
-    bn_group_size: int
+    config: ResNet
     embed_dim: int
-    dtype: jnp.dtype
-
-    @property
-    def token_width(self) -> int:
-        return 32 * self.width
+    compute: Compute
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, views: int = 1) -> ImageFeatures:
-        height, width = images.shape[1:3]
-        if (height, width) != (self.resolution, self.resolution):
-            raise ValueError(
-                f"images are {height}x{width} pixels, but model.image.resolution="
-                f"{self.resolution}: resize the images or change the resolution"
-            )
-        x = images
+        config, dtype = self.config, self.compute.dtype
+        config.check_size(images)
+        width, group_size, x = config.width, config.bn_group_size, images
         for n, (channels, stride) in enumerate(
-            ((self.width // 2, 2), (self.width // 2, 1), (self.width, 1)), start=1
+            ((width // 2, 2), (width // 2, 1), (width, 1)), start=1
         ):
             x = nn.Conv(
                 channels,
@@ -112,21 +152,21 @@ class ModifiedResNet(nn.Module):
                 padding=1,
                 use_bias=False,
                 kernel_init=conv_kernel,
-                dtype=self.dtype,
+                dtype=dtype,
                 name=f"conv{n}",
             )(x)
-            norm = BatchNorm(self.bn_group_size, self.dtype, name=f"bn{n}")
+            norm = BatchNorm(group_size, dtype, name=f"bn{n}")
             x = nn.relu(norm(x, train, views))
         x = _pool(x, 2)
-        for stage, depth in enumerate(self.layers):
+        for stage, depth in enumerate(config.layers):
             for block in range(depth):
                 x = Bottleneck(
-                    width=self.width * 2**stage,
+                    width=width * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
-                    bn_group_size=self.bn_group_size,
-                    dtype=self.dtype,
+                    bn_group_size=group_size,
+                    dtype=dtype,
                     name=f"layer{stage + 1}_{block}",
                 )(x, train, views)
         x = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, h, w, C] -> [B, h*w, C]
-        attnpool = AttentionPool(self.heads, self.embed_dim, self.dtype, name="attnpool")
+        attnpool = AttentionPool(config.heads, self.embed_dim, dtype, name="attnpool")
         return ImageFeatures(*attnpool(x), tokens=x)

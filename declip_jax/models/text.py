@@ -7,12 +7,48 @@ from flax import linen as nn
 from declip_jax.models import transformer
 from declip_jax.models.features import TextFeatures
 from declip_jax.models.init import linear_bias
+from declip_jax.models.tower import Tower
+from declip_jax.models.transformer import Compute
+from declip_jax.section import at_least
 
 
 def real_tokens(tokens: jax.Array, eot_id: int) -> jax.Array:
     """True up to and with the first `eot_id` of each row [..., L], and everywhere without one."""
     is_eot = tokens == eot_id
     return jnp.cumsum(is_eot, axis=-1) - is_eot == 0
+
+
+class Text(Tower):
+    """`config.model.text`."""
+
+    vocab_size: int = at_least(1)
+    eot_id: int = at_least(0)  # the id at whose first place a text ends
+    context: int = at_least(1)  # tokens at most
+    width: int = at_least(1)
+    layers: int = at_least(1)
+    heads: int = at_least(1)
+    proj_bias: bool  # of the projection into the common space
+
+    def demands(self, where):
+        fits, known = self.width % self.heads == 0, self.eot_id < self.vocab_size
+        yield fits, "width", f"a multiple of {where}.heads={self.heads}"
+        yield known, "eot_id", f"an id below {where}.vocab_size={self.vocab_size}"
+
+    def build(self, embed_dim, activation, compute):
+        return TextTransformer(self, embed_dim, activation, compute)
+
+    @classmethod
+    def recognize(cls, shapes):
+        vocab_size, width = shapes.of("text/token_embedding/embedding", 2)
+        return cls(
+            vocab_size=vocab_size,
+            eot_id=min(49407, vocab_size - 1),  # OpenAI's id; of a small vocabulary the last
+            context=shapes.of("text/positional_embedding", 2)[0],
+            width=width,
+            layers=shapes.of("text/blocks/ln_1/scale", 2)[0],
+            heads=max(1, width // 64),
+            proj_bias="text/proj/bias" in shapes,
+        )
 
 
 class TextTransformer(nn.Module):
@@ -27,59 +63,47 @@ class TextTransformer(nn.Module):
       ValueError: more tokens than learned positions.
     """
 
-    vocab_size: int
-    eot_id: int
-    context: int
-    width: int
-    layers: int
-    heads: int
-    proj_bias: bool
+    config: Text
     embed_dim: int
     activation: str
-    dtype: jnp.dtype
-    scan: bool
-    remat: str
-    attention: str
+    compute: Compute
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> TextFeatures:
-        length = tokens.shape[1]
-        padding = max(length - self.context, 0)
-        if padding > self.context % 2:
+        config, compute, length = self.config, self.compute, tokens.shape[1]
+        padding = max(length - config.context, 0)
+        if padding > config.context % 2:
             raise ValueError(
-                f"captions have {length} tokens, but model.text.context={self.context}: "
+                f"captions have {length} tokens, but config.model.text.context={config.context}: "
                 "cut the captions or raise the context"
             )
-        normal = nn.initializers.normal
-        positions = self.param("positional_embedding", normal(0.01), (self.context, self.width))
-        x = nn.Embed(
-            self.vocab_size, self.width, embedding_init=normal(0.02), name="token_embedding"
-        )(tokens)
+        width, normal = config.width, nn.initializers.normal
+        positions = self.param("positional_embedding", normal(0.01), (config.context, width))
+        x = nn.Embed(config.vocab_size, width, embedding_init=normal(0.02), name="token_embedding")(
+            tokens
+        )
         positions = jnp.pad(positions[:length], ((0, padding), (0, 0)))  # [L, width]
-        x = (x + positions).astype(self.dtype)  # [B, L, width]
+        x = (x + positions).astype(compute.dtype)  # [B, L, width]
         x, _ = transformer.blocks(
-            layers=self.layers,
-            width=self.width,
-            heads=self.heads,
+            layers=config.layers,
+            width=width,
+            heads=config.heads,
             causal=True,
             activation=self.activation,
-            dtype=self.dtype,
-            scan=self.scan,
-            remat=self.remat,
-            attention=self.attention,
+            compute=compute,
             name="blocks",
         )(x)
         words = transformer.LayerNorm(name="ln_final")(x)
-        end = real_tokens(tokens, self.eot_id).sum(axis=1) - 1  # [B]
+        end = real_tokens(tokens, config.eot_id).sum(axis=1) - 1  # [B]
         last = jnp.take_along_axis(
             words, end[:, None, None], axis=1
         )  # [B, L, width] -> [B, 1, width]
         embedding = nn.Dense(
             self.embed_dim,
-            use_bias=self.proj_bias,
-            kernel_init=normal(self.width**-0.5),
-            bias_init=linear_bias(self.width),
-            dtype=self.dtype,
+            use_bias=config.proj_bias,
+            kernel_init=normal(width**-0.5),
+            bias_init=linear_bias(width),
+            dtype=compute.dtype,
             name="proj",
         )(last[:, 0])
         return TextFeatures(embedding, words)

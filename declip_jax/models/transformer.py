@@ -5,6 +5,7 @@ the attention's softmax are computed in float32.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,15 @@ ATTENTION = ("xla", "cudnn")
 LayerNorm = functools.partial(
     nn.LayerNorm, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False
 )
+
+
+class Compute(NamedTuple):
+    """How towers are computed; parameters do not depend on it, nor values but for rounding."""
+
+    dtype: jnp.dtype  # of the matrix products and the residual stream
+    scan: bool  # one compiled layer, or every layer unrolled
+    remat: str  # a key of REMAT
+    attention: str  # one of ATTENTION
 
 
 class Attention(nn.Module):
@@ -113,16 +123,16 @@ class Block(nn.Module):
     causal: bool
     out_std: float
     activation: str
-    dtype: jnp.dtype
-    implementation: str
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        dtype, implementation = self.compute.dtype, self.compute.attention
         attention = Attention(
-            self.heads, self.causal, self.out_std, self.dtype, self.implementation, name="attn"
+            self.heads, self.causal, self.out_std, dtype, implementation, name="attn"
         )
         x = x + attention(LayerNorm(name="ln_1")(x))
-        mlp = Mlp(self.activation, self.out_std, self.dtype, name="mlp")
+        mlp = Mlp(self.activation, self.out_std, dtype, name="mlp")
         x = x + mlp(LayerNorm(name="ln_2")(x))
         return x, None
 
@@ -134,34 +144,35 @@ def blocks(
     heads: int,
     causal: bool,
     activation: str,
-    dtype: jnp.dtype,
-    scan: bool,
-    remat: str,
-    attention: str,
-    name: str,
+    compute: Compute,
+    name: str | None,
+    block: type[nn.Module] = Block,
+    **fields: Any,
 ) -> nn.Module:
     """A stack of `layers` blocks; called with x [B, T, width] it returns (x, None).
 
-    Every parameter is stacked over the layers on axis 0, whatever `scan` says, so that a
-    checkpoint does not depend on it: `scan=True` compiles one block and loops over it (quick to
-    compile), `scan=False` unrolls the loop (the compiler may do better across blocks).
+    Every parameter is stacked over the layers on axis 0, whatever `compute.scan` says, so that a
+    checkpoint does not depend on it: True compiles one block and loops over it (quick to compile),
+    False unrolls the loop (the compiler may do better across blocks).
 
     Args:
       activation: a key of ACTIVATIONS.
-      remat: a key of REMAT, what the backward pass recomputes.
-      attention: one of ATTENTION.
+      block: has `Block`'s fields and those in `fields`. What it carries from layer to layer may be
+        any pytree, such as (x, affinities): called with (carry, *same) it returns (carry, output),
+        and the stack (carry, outputs), outputs stacked over the layers. The carry keeps its
+        structure, shapes and types. `same` is given to every layer as it is: a mask, say.
     """
-    block = Block
-    if remat != "none":
+    if compute.remat != "none":
         # Inside a loop nothing is there for common-subexpression elimination to merge with.
-        block = nn.remat(Block, policy=REMAT[remat], prevent_cse=not scan)
+        block = nn.remat(block, policy=REMAT[compute.remat], prevent_cse=not compute.scan)
     stack = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
+        in_axes=nn.broadcast,
         length=layers,
-        unroll=1 if scan else layers,
+        unroll=1 if compute.scan else layers,
     )
     # The residual branches' last layers shrink with depth, to keep the stream's variance.
     out_std = width**-0.5 * (2 * layers) ** -0.5
-    return stack(heads, causal, out_std, activation, dtype, attention, name=name)
+    return stack(heads, causal, out_std, activation, compute, name=name, **fields)

@@ -12,14 +12,7 @@ def _vit(patch: int, width: int, layers: int, heads: int, resolution: int = 224)
 
 def _resnet(width: int, layers: tuple[int, int, int, int], resolution: int = 224) -> dict[str, Any]:
     # 32 * width channels reach the attention pool, in heads of 64
-    return dict(
-        kind="resnet",
-        resolution=resolution,
-        width=width,
-        layers=layers,
-        heads=width // 2,
-        bn_group_size=0,
-    )
+    return dict(kind="resnet", resolution=resolution, width=width, layers=layers, heads=width // 2)
 
 
 def _text(width: int, heads: int) -> dict[str, Any]:
@@ -52,7 +45,7 @@ _VARIANTS = {
 
 def variant(name: str) -> dict[str, Any]:
     """Sizes of a named model: {"embed_dim": int, "image": dict, "text": dict}, the fields of the
-    same names in a config's `model` section, complete.
+    same names in a config's `model` section, complete but for the towers' options.
 
     Raises:
       ValueError: unknown name; suggests the nearest.

@@ -6,7 +6,16 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from declip_jax.section import Section, at_least
+
 AXES = ("data", "fsdp")
+
+
+class MeshShape(Section):
+    """The section `config.mesh`: devices on each axis, -1 for "the rest"."""
+
+    data: int = at_least(-1)
+    fsdp: int = at_least(-1)
 
 
 def make_mesh(data: int, fsdp: int, devices=None) -> Mesh:

@@ -22,11 +22,11 @@ from declip_jax.data.input_files import (
     jsonl_rows,
     refusal,
 )
+from declip_jax.data.parallel import Progress
 from declip_jax.data.records import BadRecord, Record
-from declip_jax.prepare.files import publish, temporary_name
+from declip_jax.files import replacing
 from declip_jax.prepare.filters import Loaded
 from declip_jax.prepare.inputs import Reader
-from declip_jax.prepare.parallel import Progress
 from declip_jax.prepare.shards import Job, WriteShard, write_shard
 
 # From a model -----------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def make_captioner(args: argparse.Namespace) -> Captioner:
       InputError: it cannot be loaded.
     """
     try:
-        from declip_jax.captioner import Captioner  # slow to import, and an extra
+        from declip_jax.prepare.captioner import Captioner  # slow to import, and an extra
 
         return Captioner(
             args.model,
@@ -154,21 +154,20 @@ class Table:
                 else:
                     yield key, caption
 
-        temporary = temporary_name(table.path)
-        with sqlite3.connect(temporary, isolation_level=None) as database:
-            database.execute("PRAGMA journal_mode = OFF")  # it is thrown away if it fails
-            database.execute("PRAGMA synchronous = OFF")
-            database.execute("BEGIN")
-            database.execute("CREATE TABLE captions (key TEXT, caption TEXT)")
-            database.execute("CREATE TABLE refused (key TEXT, reason TEXT, detail TEXT)")
-            database.executemany("INSERT INTO captions VALUES (?, ?)", rows())
-            database.executemany("INSERT INTO refused VALUES (:key, :reason, :detail)", refused)
-            database.execute("CREATE INDEX by_key ON captions (key)")
-            database.execute("COMMIT")
-            (count,) = database.execute("SELECT COUNT(*) FROM captions").fetchone()
-        database.close()
-        np.zeros(count, bool).tofile(table._used_path)
-        publish(temporary, table.path)
+        with replacing(table.path) as temporary:
+            with sqlite3.connect(temporary, isolation_level=None) as database:
+                database.execute("PRAGMA journal_mode = OFF")  # it is thrown away if it fails
+                database.execute("PRAGMA synchronous = OFF")
+                database.execute("BEGIN")
+                database.execute("CREATE TABLE captions (key TEXT, caption TEXT)")
+                database.execute("CREATE TABLE refused (key TEXT, reason TEXT, detail TEXT)")
+                database.executemany("INSERT INTO captions VALUES (?, ?)", rows())
+                database.executemany("INSERT INTO refused VALUES (:key, :reason, :detail)", refused)
+                database.execute("CREATE INDEX by_key ON captions (key)")
+                database.execute("COMMIT")
+                (count,) = database.execute("SELECT COUNT(*) FROM captions").fetchone()
+            database.close()
+            np.zeros(count, bool).tofile(table._used_path)
         return table
 
     def captions(self, key: str) -> list[str]:

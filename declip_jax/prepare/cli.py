@@ -19,8 +19,8 @@ from declip_jax.prepare.synonyms import write_synonyms
 from declip_jax.prepare.verify import verify
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m declip_jax.prepare") -> int:
+    args = make_parser(prog).parse_args(arguments)
     try:
         if args.format == "synonyms":
             write_synonyms(args)
@@ -86,9 +86,9 @@ def ratio(text: str) -> float:
     return float(text)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m declip_jax.prepare",
+        prog=prog,
         description="Turns images with captions into a training set. A run that was stopped "
         "continues when the same command is given again.",
     )
@@ -102,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
             parents=parents,
             help=description,
             description=description,
-            epilog=f"example:\n  python -m declip_jax.prepare {name} {example}",
+            epilog=f"example:\n  {prog} {name} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         ).add_argument
 
@@ -200,7 +200,7 @@ def make_parser() -> argparse.ArgumentParser:
         "they replace those that there are.",
         "--source /data/cc12m --model Salesforce/blip-image-captioning-base \\\n"
         "      --device cuda --output /data/cc12m_blip --split train\n"
-        "  python -m declip_jax.prepare captions --source /data/cc12m --from blip.jsonl \\\n"
+        f"  {prog} captions --source /data/cc12m --from blip.jsonl \\\n"
         "      --key-field key --caption-field caption --output /data/cc12m_blip --split train",
         *(source, columns, result),
     )

@@ -1,6 +1,8 @@
 """What a run does, from beginning to end."""
 
 import argparse
+import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -13,8 +15,9 @@ from typing import Any
 
 from declip_jax.data import records
 from declip_jax.data.input_files import InputError, Refusal
+from declip_jax.data.parallel import Progress, parallel
+from declip_jax.files import TEMPORARY, publish, replacing, write_text
 from declip_jax.prepare import captions
-from declip_jax.prepare.files import locked, publish, temporary_name, write_text
 from declip_jax.prepare.inputs import Input, Reader, WithoutDuplicates, find_duplicates, read_input
 from declip_jax.prepare.manifest import (
     check_other_splits,
@@ -25,7 +28,6 @@ from declip_jax.prepare.manifest import (
     settings_of,
     split_size,
 )
-from declip_jax.prepare.parallel import Progress, parallel
 from declip_jax.prepare.shards import Job, WriteShard, counts_path
 
 
@@ -73,12 +75,14 @@ def prepare(args: argparse.Namespace) -> None:
             advice = f"Continue with these, or delete {work} to begin again."
             check_settings(settings_path, settings, advice)
         work.mkdir(exist_ok=True)
-        for unfinished in work.glob("*.tmp"):
+        for unfinished in work.glob(f"*{TEMPORARY}"):
             unfinished.unlink()
         write_text(settings_path, json.dumps({"settings": settings}))
 
+        refused = output / f"refused-{args.split}.jsonl"
         try:
-            manifest, refused = convert(args, found, settings, work)
+            with replacing(refused, scratch=work) as listed:
+                manifest = convert(args, found, settings, work, listed)
         except InputError:
             dear = (f"{args.name}-{args.split}.*.json", "duplicates.npy", "captions.sqlite")
             if not any(any(work.glob(pattern)) for pattern in dear):
@@ -86,23 +90,21 @@ def prepare(args: argparse.Namespace) -> None:
             raise
         for shard in manifest["shards"]:
             if (work / shard["name"]).exists():  # else an interrupted run has moved it already
-                os.replace(work / shard["name"], output / shard["name"])
-        publish(refused, output / f"refused-{args.split}.jsonl")
-        temporary = temporary_name(work / "manifest")
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-        publish(temporary, manifest_path(output, args.split))
+                publish(work / shard["name"], output / shard["name"])
+        with replacing(manifest_path(output, args.split), scratch=work) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=1) + "\n")
         finish(output, work, settings)
     print(report(manifest))
     print(f"written to {output}; refused-{args.split}.jsonl there lists what was refused")
 
 
 def convert(
-    args: argparse.Namespace, found: Input, settings: Mapping[str, Any], work: Path
-) -> tuple[dict[str, Any], Path]:
-    """Writes the shards that the folder `work` lacks.
+    args: argparse.Namespace, found: Input, settings: Mapping[str, Any], work: Path, listed: Path
+) -> dict[str, Any]:
+    """Writes the shards that the folder `work` lacks, and a list of what was refused.
 
     Returns:
-      The manifest, and a file that lists what was refused.
+      The manifest.
 
     Raises:
       InputError: see `prepare`.
@@ -130,7 +132,6 @@ def convert(
 
     manifest = {"settings": settings, "shards": [], "captions": 0, "record_bytes": 0}
     reasons, first = Counter(found.left_out), None
-    listed = temporary_name(work / "refused")
     with open(listed, "w") as lines:
         for entry in itertools.chain(refused, read_counts(paths, manifest)):
             reasons[entry["reason"]] += 1
@@ -142,7 +143,7 @@ def convert(
     manifest["refused"] = {reason: number for reason, number in reasons.most_common() if number}
     if table is not None:
         manifest["unused_keys"] = table.unused_keys()
-    return manifest, listed
+    return manifest
 
 
 def write_shards(
@@ -182,6 +183,23 @@ def finish(output: Path, work: Path, settings: Mapping[str, Any]) -> None:
         output, settings["name"], sizes, settings["class_names"], synthetic, scratch=work
     )
     shutil.rmtree(work)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of the output folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"--output {folder}: another run is writing there; wait for it") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def no_records(

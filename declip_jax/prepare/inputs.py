@@ -4,7 +4,7 @@ import argparse
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,11 +20,12 @@ from declip_jax.data.input_files import (
     index_jsonl,
     refusal,
 )
+from declip_jax.data.parallel import Progress, Tick, parallel
 from declip_jax.data.records import BadRecord, Record
 from declip_jax.data.sources import Columns, Source, open_source, paths
 from declip_jax.data.sources.part import Part
-from declip_jax.prepare.files import publish, temporary_name
-from declip_jax.prepare.parallel import Progress, Tick, parallel
+from declip_jax.data.sources.tar import key_hash
+from declip_jax.files import replacing
 
 
 class Reader(Protocol):
@@ -88,16 +89,13 @@ def read_listing(args: argparse.Namespace) -> Input:
         )
     else:
         index = index_imagefolder(files, args.template, args.classes, args.synthetic or ())
-    digest = hashlib.sha256()
-    for item in index.items:
-        digest.update(json.dumps([item.key, item.captions, item.label, *item.synthetic]).encode())
     return Input(
         index.items,
         ListedReader(files),
         index.refused,
         index.class_names,
         args.synthetic is not None,
-        digest.hexdigest(),
+        _sha256([item.key, item.captions, item.label, *item.synthetic] for item in index.items),
     )
 
 
@@ -123,10 +121,6 @@ class SourceReader(NamedTuple):
         return record
 
 
-# In the order of Columns.
-_COLUMN_FLAGS = [f"--{field}-column" for field in "image caption synthetic key label".split()]
-
-
 def read_source(args: argparse.Namespace) -> Input:
     columns = Columns(
         image=args.image_column or "",
@@ -140,7 +134,8 @@ def read_source(args: argparse.Namespace) -> Input:
         digest = source_digest(args, source)
     except ValueError as error:
         message = str(error).replace("config.data.index_cache", "--cache")
-        for field, flag in zip(Columns._fields, _COLUMN_FLAGS, strict=True):
+        for field in columns.as_dict():
+            flag = f"--{field.removesuffix('s')}-column"
             message = message.replace(f"config.data.columns.{field}", flag)
         raise InputError(f"--source {args.source}: {message}") from None
     check_format(args, source)
@@ -181,7 +176,15 @@ def source_digest(args: argparse.Namespace, source: Source) -> str:
     """
     files = [*source.files, *([args.captions] if args.captions else [])]
     known = [source.layout(), source.class_names, paths.versions(files)]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    return _sha256([known])
+
+
+def _sha256(values: Iterable[Any]) -> str:
+    """Of the values' JSON, one after the other; manifests keep it."""
+    hashed = hashlib.sha256()
+    for value in values:
+        hashed.update(json.dumps(value).encode())
+    return hashed.hexdigest()
 
 
 def check_format(args: argparse.Namespace, source: Source) -> None:
@@ -243,10 +246,8 @@ def find_duplicates(args: argparse.Namespace, reader: SourceReader, path: Path) 
     order = np.argsort(hashes, kind="stable")  # the first with a key stays the first
     hashes = hashes[order]
     duplicates = order[1:][hashes[1:] == hashes[:-1]]
-    temporary = temporary_name(path)
-    with open(temporary, "wb") as stream:
+    with replacing(path) as temporary, open(temporary, "wb") as stream:
         np.save(stream, np.setdiff1d(duplicates, unreadable))
-    publish(temporary, path)
 
 
 class HashKeys(NamedTuple):
@@ -258,10 +259,7 @@ class HashKeys(NamedTuple):
         for place, number in enumerate(job):
             tick()
             try:
-                key = self.source[number]["key"].encode()
+                hashes[place] = key_hash(self.source[number]["key"])
             except BadRecord:  # whatever hash it has, it is no duplicate
                 unreadable.append(number)
-            else:
-                digest = hashlib.blake2b(key, digest_size=8).digest()
-                hashes[place] = int.from_bytes(digest, "little")
         return hashes, unreadable

@@ -12,10 +12,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from declip_jax.data import records
 from declip_jax.data.input_files import InputError, refusal
-from declip_jax.prepare.files import publish, temporary_name, write_text
+from declip_jax.data.parallel import Tick
+from declip_jax.files import replacing, write_text
 from declip_jax.prepare.filters import Loaded, load
 from declip_jax.prepare.inputs import Reader
-from declip_jax.prepare.parallel import Tick
 
 Job = tuple[Path, Sequence[Any]]  # a shard, and the items to write into it
 
@@ -39,23 +39,22 @@ class WriteShard(NamedTuple):
 def write_shard(path: Path, loaded: Iterable[Loaded]) -> None:
     """Writes a shard, then what is known about it."""
     counts = {"records": 0, "captions": 0, "record_bytes": 0, "refused": []}
-    temporary = temporary_name(path)
-    # One record a group for random access; images are compressed already.
-    writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-    for record, refused in loaded:
-        counts["refused"] += [refusal(name, error) for name, error in refused]
-        if record is None:
-            continue
-        serialized = records.serialize(record)
+    with replacing(path) as temporary:
+        # One record a group for random access; images are compressed already.
+        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        for record, refused in loaded:
+            counts["refused"] += [refusal(name, error) for name, error in refused]
+            if record is None:
+                continue
+            serialized = records.serialize(record)
+            with _telling_of_full_disks():
+                writer.write(serialized)
+            counts["records"] += 1
+            counts["captions"] += len(record["captions"])
+            counts["record_bytes"] += len(serialized)
         with _telling_of_full_disks():
-            writer.write(serialized)
-        counts["records"] += 1
-        counts["captions"] += len(record["captions"])
-        counts["record_bytes"] += len(serialized)
-    with _telling_of_full_disks():
-        writer.close()
-    counts |= {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
-    publish(temporary, path)
+            writer.close()
+        counts |= {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
     write_text(counts_path(path), json.dumps(counts))
 
 

@@ -11,8 +11,8 @@ from google.protobuf.message import DecodeError
 
 from declip_jax.data import image, records
 from declip_jax.data.input_files import InputError
+from declip_jax.data.parallel import Progress, Tick, parallel
 from declip_jax.prepare.manifest import manifest_path, read_manifests, split_size
-from declip_jax.prepare.parallel import Progress, Tick, parallel
 from declip_jax.prepare.shards import sha256
 
 SHOWN = 5  # problems of one shard that are named

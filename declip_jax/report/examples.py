@@ -8,15 +8,12 @@ import jax
 import numpy as np
 
 from declip_jax import support_set
-from declip_jax.data.pipeline import Samples, digest, eval_images
+from declip_jax.data.eval_images import eval_images
+from declip_jax.data.pipeline import Samples, digest
 from declip_jax.data.sources import open_data, open_source
 from declip_jax.data.text import mask_tokens
-from declip_jax.data.tokenizer import tokenize
-from declip_jax.encode import Encoder
-from declip_jax.evals import suite
 from declip_jax.evals.retrieval import top_matches
-from declip_jax.evaluate import Trained
-from declip_jax.methods.base import SupportSet
+from declip_jax.trained import Trained
 
 SIDE = 160  # pixels, of an image on the page
 
@@ -54,16 +51,15 @@ def gallery(trained: Trained, images: int, captions: int) -> list[tuple[str, lis
     Raises:
       ValueError: the data are not on this machine, or cannot be read.
     """
-    config, encoder = trained.config, trained.encoder
-    settings = config.eval.retrieval
+    settings, encoder = trained.eval.retrieval, trained.encoder
     if trained.setup is None:
         raise ValueError("another program's weights come without a data set.")
     if settings.source:
         source = open_source(settings.source, settings.split)
     else:
-        source = open_data(config.data)
+        source = open_data(trained.config.data)
     pixels, captions_of = [], []
-    for batch in eval_images(source, **suite.shared(config).reading, most=images):
+    for batch in eval_images(source, **trained.shared.reading, most=images):
         pixels.append(batch["image"])
         captions_of.extend(batch["captions"])
     pixels = np.concatenate(pixels)
@@ -73,7 +69,7 @@ def gallery(trained: Trained, images: int, captions: int) -> list[tuple[str, lis
     shown = min(captions, len(texts))
     texts = [texts[i * len(texts) // shown] for i in range(shown)]
     found = top_matches(
-        encoder.encode_text(tokenize([settings.prefix + t for t in texts], encoder.context)),
+        encoder.encode_texts([settings.prefix + t for t in texts]),
         encoder.encode_image(pixels),
         k=5,
     )
@@ -121,14 +117,9 @@ def neighbors(trained: Trained, captions: int, k: int) -> list[tuple[str, list[N
     if trained.record.get("data") != digest(source):
         raise ValueError(f"{source} has changed since: which captions the rows come from is lost.")
     views = setup.method.views
-    samples = Samples(
-        source,
-        config.seed,
-        image_views=[config.views[name] for name in views.image],
-        text_views=views.text,
-        eda=config.data.eda,
-        synonyms=config.data.synonyms,
-    )
+    encoder = trained.encoder.use(trained.state.params, trained.state.model_state)
+    image_views = [config.views[name] for name in views.image]
+    samples = Samples(source, config.data, config.seed, image_views, views.text, encoder.tokenizer)
     resolution = config.model.image.resolution
     images = np.empty((len(views.image), resolution, resolution, 3), np.uint8)
 
@@ -136,13 +127,11 @@ def neighbors(trained: Trained, captions: int, k: int) -> list[tuple[str, list[N
     count = -(-captions // setup.mesh.size) * setup.mesh.size
     for number in range(seen, seen + count):
         sample = samples.draw(number, images)
-        ids = tokenize(sample.texts[:1], config.model.text.context)[0]
+        ids = encoder.tokenizer.encode(sample.texts[:1], encoder.context)[0]
         if views.text[0] == "masked":
-            ids, _ = mask_tokens(ids, config.data.mask_rate, sample.rng)
+            ids, _ = mask_tokens(ids, config.data.mask_rate, encoder.tokenizer, sample.rng)
         texts.append(sample.texts[0])
         tokens.append(ids)
-    encoder = Encoder(setup.method, config, setup.mesh)
-    encoder.use(trained.state.params, trained.state.model_state)
     found = support_set.nearest(
         rows,
         encoder.encode_text(np.stack(tokens)),
@@ -154,7 +143,7 @@ def neighbors(trained: Trained, captions: int, k: int) -> list[tuple[str, list[N
     def describe(similarity: float, age: int) -> Neighbor:
         if age < 0:
             return Neighbor(None, similarity)
-        steps, view, place = SupportSet.origin(age, config.batch_size)
+        steps, view, place = origin(age, config.batch_size)
         number = seen - (steps + 1) * config.batch_size + place
         caption = samples.draw(number, images).texts[view]
         return Neighbor(caption, similarity, views.text[view] == "augmented", steps)
@@ -164,6 +153,18 @@ def neighbors(trained: Trained, captions: int, k: int) -> list[tuple[str, list[N
         (text, list(map(describe, row.tolist(), age.tolist())))
         for text, row, age in zip(texts, similarities, ages, strict=True)
     ]
+
+
+def origin(age: int, batch_size: int) -> tuple[int, int, int]:
+    """Where a row of the support set came from, by its age: see `methods.declip.enqueue`.
+
+    Returns:
+      How many steps after it there have been, its text view (0: the caption, -1: the augmented
+      caption), and its pair's place in the batch.
+    """
+    steps, later = divmod(age, 2 * batch_size)
+    view, place = divmod(2 * batch_size - 1 - later, batch_size)
+    return steps, view - 1, place
 
 
 def _uri(image: np.ndarray) -> str:

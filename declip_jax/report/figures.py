@@ -121,7 +121,8 @@ def bars(scores: Scores) -> str:
 def _panels(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Titles and names of what any run has logged."""
     logged = list(dict.fromkeys(name for run in runs for name in run.curves if "/" in name))
-    terms = dict.fromkeys(f"train/{term}" for run in runs for term in run.config.loss.weights)
+    trained = [run.trained.config for run in runs if not run.imported]
+    terms = dict.fromkeys(f"train/{term}" for config in trained for term in config.loss.weights)
     titles = {_LOSS: "Loss", **{name: f"Loss: {name[6:]}" for name in terms}, **_TITLES}
     if len(terms) == 1:  # the loss itself, but for its weight
         titles = {_LOSS: "Loss", **_TITLES}

@@ -11,9 +11,9 @@ import clu.parameter_overview
 from flax.traverse_util import flatten_dict
 from plotly.colors import qualitative
 
-from declip_jax.evals.results import read_results
-from declip_jax.evaluate import IMPORTED, Imported, Trained, load, load_imported
 from declip_jax.metrics import read_metrics
+from declip_jax.results import read_results
+from declip_jax.trained import IMPORTED, Imported, Trained, load, load_imported
 
 Curves = dict[str, dict[int, float]]
 
@@ -28,7 +28,7 @@ class Run(NamedTuple):
       curves: for each name in metrics.jsonl, its value at each step, steps rising; {} of another
         program's weights.
       trained: the model.
-      evaluation: {"results", "absent"} of all its evaluated steps, see `evals.results`, each result
+      evaluation: {"results", "absent"} of all its evaluated steps, see `results`, each result
         with its "step"; of what was scored at several steps, the newest. None without any.
         Steps after the newest checkpoint's are of a past that this run does not have.
     """
@@ -41,13 +41,12 @@ class Run(NamedTuple):
     evaluation: dict[str, Any] | None
 
     @property
-    def config(self):
-        return self.trained.config
-
-    @property
     def data(self) -> str:
-        data = self.config.data
-        return data.source or " + ".join(part["source"] for part in data.mixture)
+        """What it was trained on, "" if that is not known."""
+        if self.imported:
+            return ""
+        data = self.trained.config.data
+        return data.source or " + ".join(part.source for part in data.mixture)
 
     @property
     def imported(self) -> bool:
@@ -62,8 +61,8 @@ class Run(NamedTuple):
     @property
     def names_sets(self) -> bool:
         """Whether its configuration names what to score."""
-        named = self.config.eval
-        return bool(named.zeroshot.source or named.retrieval.source or named.get("suite"))
+        named = self.trained.eval
+        return any((named.zeroshot.source, named.retrieval.source, named.suite))
 
     def command(self) -> str:
         """What is to be typed for scores: of its own sets, or else of those in a folder."""
@@ -80,14 +79,11 @@ class Run(NamedTuple):
 
     def summary(self) -> dict[str, str]:
         """What the head of the page says of it."""
-        config, image = self.config, self.config.model.image
+        image = self.trained.model.image
         parameters = int(clu.parameter_overview.count_parameters(self.trained.state.params))
-        size = f"width {image.width}, {image.resolution} px"
         model = {
-            "method": config.method,
-            "image tower": f"ViT/{image.patch}, {image.layers} layers, {size}"
-            if image.kind == "vit"
-            else f"ResNet {'-'.join(map(str, image.layers))}, {size}",
+            "method": self.trained.method,
+            "image tower": f"{image.describe()}, width {image.width}, {image.resolution} px",
             "parameters": f"{parameters:,}",
         }
         if self.imported:
@@ -96,6 +92,7 @@ class Run(NamedTuple):
                 **dict.fromkeys(("step", "batch", "pairs seen"), "–"),
                 "data": f"unknown: {weights} is another program's",
             }
+        config = self.trained.config
         return model | {
             "step": f"{self.trained.step:,} of {config.total_steps:,}",
             "batch": f"{config.batch_size:,} pairs",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from declip_jax.evals import sets
-from declip_jax.evals.published import Number, published
+from declip_jax.report.published import Number, published
 from declip_jax.report.runs import Run
 
 TASKS = {
@@ -181,8 +181,8 @@ def _papers(runs: Sequence[Run], task: str, rows: Iterable[Row]) -> list[Series]
 
 def _comparable(run: Run, task: str) -> list[Number]:
     """Numbers of the run's method and kind of image tower; where its data are named, of those."""
-    kind = "ViT" if run.config.model.image.kind == "vit" else "RN"
-    numbers = [n for n in published(run.config.method, task=task) if n.model.startswith(kind)]
+    family = run.trained.model.image.family
+    numbers = [n for n in published(run.trained.method, task=task) if n.model.startswith(family)]
     source = _letters(run.data)
     return [n for n in numbers if _letters(n.data) in source] or numbers
 

@@ -1,17 +1,13 @@
 """Random access to the records of a data set, in the formats that data sets come in."""
 
 import contextlib
-import difflib
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
-
-from ml_collections import ConfigDict
 
 from declip_jax.data import records
+from declip_jax.data.options import Columns, Data
 from declip_jax.data.sources import paths
-from declip_jax.data.sources.base import Columns, Source
+from declip_jax.data.sources.base import Source
 from declip_jax.data.sources.mixture import Mixture
 from declip_jax.data.sources.part import part_of
 
@@ -128,7 +124,7 @@ def _of_split(name: str, word: str, suffix: str) -> str:
 
 
 def _check_no_columns(name: str, columns: Columns) -> None:
-    for field, value in columns._asdict().items():
+    for field, value in columns.as_dict().items():
         if value:
             raise ValueError(
                 f"config.data.columns.{field}={value!r}: the fields of {name!r} have fixed names; "
@@ -150,64 +146,23 @@ def _is_prepared(directory: str) -> bool:
     )
 
 
-def open_data(data: Any) -> Source:
+def open_data(data: Data) -> Source:
     """The source that `config.data` describes: one, or a mixture of several.
 
     Raises:
-      ValueError: see `open_source` and `Mixture`; or a mixture that is written wrongly.
+      ValueError: see `open_source` and `Mixture`; or no source is named.
     """
-    if not data.mixture:
-        if not data.source:
-            raise ValueError(
-                "config.data.source is empty: name the data to train on, such as a directory that "
-                "python -m declip_jax.prepare wrote, or 'scenes'."
-            )
-        return open_source(data.source, data.split, _columns(data.columns), data.index_cache)
     if data.source:
+        return open_source(data.source, data.split, data.columns, data.index_cache)
+    if not data.mixture:
         raise ValueError(
-            f"config.data.source={data.source!r} and config.data.mixture are both set: clear one."
+            "config.data.source is empty: name the data to train on, such as a directory that "
+            "python -m declip_jax.prepare wrote, or 'scenes'."
         )
-    sources, weights = [], []
-    for entry in data.mixture:
-        _check_names(entry, ("source", "split", "weight", "columns"), "config.data.mixture")
-        if not isinstance(entry.get("source"), str):
-            raise ValueError(f"config.data.mixture: {dict(entry)} has no 'source'.")
-        columns = entry.get("columns", {})
-        _check_names(columns, Columns._fields, "columns of config.data.mixture")
-        columns = _columns(dict(data.columns) | dict(columns))
-        split = entry.get("split", data.split)
-        sources.append(open_source(entry["source"], split, columns, data.index_cache))
-        weights.append(entry.get("weight"))
-    if weights.count(None) == len(weights):
-        weights = list(map(len, sources))
-    if not all(isinstance(weight, int | float) for weight in weights):
-        raise ValueError(
-            f"config.data.mixture has the weights {weights}: give every source a number as its "
-            "'weight', or none, and each then has as many as it has records."
-        )
-    return Mixture(sources, weights)
-
-
-def _columns(named: Mapping[str, Any]) -> Columns:
-    """One caption column may stand without a tuple around it."""
-    several = {
-        name: (named[name],) if isinstance(named[name], str) else tuple(named[name])
-        for name in ("captions", "synthetic")
-    }
-    return Columns(**{**named, **several})
-
-
-def _check_names(entry: Any, known: tuple[str, ...], where: str) -> None:
-    if not isinstance(entry, Mapping | ConfigDict):
-        raise ValueError(
-            f"{where}: expected dict({known[0]}=…), not {entry!r}; a mixture of one has a comma "
-            "after it."
-        )
-    for name in entry:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(
-                f"{where} has no field {name!r}; "
-                + (f"did you mean {close[0]!r}? " if close else "")
-                + f"It has {known}."
-            )
+    sources = []
+    for share in data.mixture:
+        split = data.split if share.split is None else share.split
+        columns = data.columns_of(share)
+        sources.append(open_source(share.source, split, columns, data.index_cache))
+    weights = [share.weight for share in data.mixture]
+    return Mixture(sources, list(map(len, sources)) if None in weights else weights)

@@ -2,26 +2,11 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from declip_jax.data.sources import paths
-
-
-class Columns(NamedTuple):
-    """What a source calls its fields; where nothing is named, it looks for the usual names.
-
-    A webdataset calls a text `txt` if it is the file `KEY.txt` of a sample and `json.caption` if it
-    is the field "caption" of `KEY.json`; TFDS calls nested features `captions/text`.
-    """
-
-    image: str = ""
-    captions: Sequence[str] = ()
-    synthetic: Sequence[str] = ()
-    key: str = ""
-    label: str = ""
-
 
 Refused = dict[str, tuple[int, list[str]]]  # reason -> how many, and the names of the first
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, TextIO
 from absl import logging
 
 from declip_jax.data.input_files import MAX_LINE, Captions, Files, csv_rows, jsonl_rows
+from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
-from declip_jax.data.sources.base import Columns, Refused, Source, count_refused, tell_refused
+from declip_jax.data.sources.base import Refused, Source, count_refused, tell_refused
 from declip_jax.data.sources.compact_list import CompactList, stamps
 from declip_jax.data.sources.fields import choose
 
@@ -247,12 +248,7 @@ class _Chosen(NamedTuple):
 
 
 def _choose(columns: Columns, present: dict[str, str], path: str) -> _Chosen:
-    def is_text(kind: str) -> bool:
-        return kind == "text"
-
-    def is_texts(kind: str) -> bool:
-        return kind in ("text", "list")
-
+    is_text, is_texts = {"text"}.__contains__, {"text", "list"}.__contains__
     (image,) = choose(columns, "image", _IMAGES, present, is_text, "a column of file names", path)
     captions = choose(columns, "captions", _CAPTIONS, present, is_texts, "columns of texts", path)
     synthetic = choose(

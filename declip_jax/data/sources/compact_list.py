@@ -1,12 +1,14 @@
 """Long lists: in little memory, and little time on their way to another process."""
 
-import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+from declip_jax.digests import digest_of
 
 
 class CompactList:
@@ -24,18 +26,17 @@ class CompactList:
         return json.loads(self._bytes[self._ends[index] : self._ends[index + 1]])
 
     def digest(self) -> str:
-        return hashlib.blake2b(self._bytes, digest_size=12).hexdigest()
+        return digest_of([self._bytes], 12)
 
 
 def stamps(folder: str, names: Iterable[str]) -> str:
     """A digest of where files of a local folder are, of their names, sizes and times."""
-    digest = hashlib.blake2b(os.path.abspath(folder).encode(), digest_size=16)
-    for name in names:
+
+    def stamp(name: str) -> bytes:
         try:
             found = os.stat(os.path.join(folder, name))
         except OSError:  # told when it is read
-            stamp = [name]
-        else:
-            stamp = [name, found.st_size, found.st_mtime_ns]
-        digest.update(json.dumps(stamp).encode())
-    return digest.hexdigest()
+            return json.dumps([name]).encode()
+        return json.dumps([name, found.st_size, found.st_mtime_ns]).encode()
+
+    return digest_of(itertools.chain([os.path.abspath(folder).encode()], map(stamp, names)))

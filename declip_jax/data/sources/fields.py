@@ -5,8 +5,8 @@ from typing import Any
 
 from declip_jax.data import records
 from declip_jax.data.input_files import MAX_CAPTION, MAX_IMAGE_BYTES
+from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
-from declip_jax.data.sources.base import Columns
 
 
 def choose(

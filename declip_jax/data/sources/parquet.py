@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow import types
 
+from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources import paths
-from declip_jax.data.sources.base import Columns, Source
+from declip_jax.data.sources.base import Source
 from declip_jax.data.sources.fields import checked_record, choose
 
 # Where `Columns` names nothing, the first of these that is there and fits.
@@ -65,8 +66,9 @@ class Parquet(Source):
                 f"classes in {self._columns.label!r}, as the datasets library notes them for a "
                 "ClassLabel. Save the files with them, or leave the label out."
             )
-        image, captions, synthetic, key, label = self._columns
-        self._needed = [name for name in (image, *captions, *synthetic, key, label) if name]
+        c = self._columns
+        named = (c.image, *c.captions, *c.synthetic, c.key, c.label)
+        self._needed = [name for name in named if name]
         with ThreadPoolExecutor(paths.REQUESTS) as pool:
             files = list(pool.map(self._row_groups, self.files, places))
         # Of the row groups of all files that have rows: [groups], each.
@@ -256,7 +258,13 @@ def _resolve(columns: Columns, schema: pa.Schema, path: str) -> Columns:
     key = find("key", (), _is_key, "a column of strings or integers")
     usual = ("label",) if _class_names(schema, "label") else ()
     label = find("label", usual, types.is_integer, "a column of integers")
-    return Columns(image, captions, synthetic, "".join(key), "".join(label))
+    return Columns(
+        image=image,
+        captions=captions,
+        synthetic=synthetic,
+        key="".join(key),
+        label="".join(label),
+    )
 
 
 def _is_image(kind: pa.DataType) -> bool:

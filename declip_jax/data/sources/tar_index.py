@@ -1,38 +1,31 @@
 """The index of webdataset shards: where each sample is in its tar, kept in a cache folder."""
 
 import contextlib
-import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
-import signal
 import struct
-import sys
 import tarfile
 import tempfile
-import threading
 import time
-import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent import futures
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from declip_jax.data.input_files import MAX_IMAGE_BYTES
+from declip_jax.data.parallel import Progress, Tick, parallel
 from declip_jax.data.sources import paths
 from declip_jax.data.sources.base import Refused, count_refused, tell_refused
 from declip_jax.data.sources.tar import BLOCK, File, files_of, is_image, key_hash
+from declip_jax.digests import digest
+from declip_jax.files import TEMPORARY, replacing
 
 FORMAT = 1  # of the files in the cache folder
-TEMPORARY = ".declip_tmp"  # how their names end until they are whole
 # The span of a sample in blocks of its tar, and a hash of its key.
 RECORD = np.dtype([("block", "<u4"), ("blocks", "<u4"), ("key", "<u8")])
 MAX_TAR_BYTES = BLOCK << 32  # what numbers of blocks can say
@@ -108,12 +101,8 @@ def _place(
         # Relative, so that shards and the folder beside them can move, or be mounted elsewhere.
         name = tar if paths.is_remote(tar) else os.path.relpath(tar, folder)
         base = os.path.basename(tar)[:100]
-        files.append(folder / f"{base}-{_digest(FORMAT, name)}-{_digest(*version)}.npz")
-    return files, folder / f"index-{_digest(*(file.name for file in files))}.json"
-
-
-def _digest(*values: Any) -> str:
-    return hashlib.blake2b(json.dumps(values).encode(), digest_size=12).hexdigest()
+        files.append(folder / f"{base}-{digest([FORMAT, name], 12)}-{digest(version, 12)}.npz")
+    return files, folder / f"index-{digest([file.name for file in files], 12)}.json"
 
 
 def _index_tars(
@@ -128,56 +117,24 @@ def _index_tars(
     # All processes of a run begin at the same time: in different orders they share the work.
     random.SystemRandom().shuffle(jobs)
     processes = min(os.cpu_count() or 1, len(jobs) // 4)  # for a few, starting takes longer
-    progress = tqdm(
-        total=len(jobs),
-        desc="indexing",
-        unit=" shards",
-        delay=2,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
-    with progress:
-        if processes < 2:
-            for job in jobs:
-                _index_tar(*job)
-                progress.update()
-            return
-        # Spawned: forking does not survive the threads that fsspec may have.
-        context = multiprocessing.get_context("spawn")
-        pool = futures.ProcessPoolExecutor(processes, context, initializer=_start_worker)
-        try:
-            for done in futures.as_completed([pool.submit(_index_tar, *job) for job in jobs]):
-                done.result()
-                progress.update()
-        except BrokenProcessPool:
-            raise ValueError(
-                "a process that indexes shards was killed, perhaps because memory ran out; opening "
-                "them again continues"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for _ in parallel(_index_tar, jobs, processes, Progress(0, len(jobs), "shards")):
+        pass
 
 
-def _start_worker() -> None:
-    def follow_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process gets it too, and ends all
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def _index_tar(tar: str, size: int, file: Path) -> None:
+def _index_tar(job: tuple[str, int, Path], tick: Tick) -> None:
+    tar, size, file = job
     if _load(file) is None:  # else another process has been here
         file.unlink(missing_ok=True)  # it is damaged
         records, refused = scan(tar, size)
-        with _published(file) as stream:
+        with _written(file) as stream:
             np.savez(stream, records=records, refused=json.dumps(refused))
+    tick()
 
 
 def _merge(tars: Sequence[str], files: Sequence[Path], table: Path) -> None:
     """Writes the index of all tars, the table last."""
     counts, refused = [], {}
-    with _published(table.with_suffix(".bin")) as stream:
+    with _written(table.with_suffix(".bin")) as stream:
         for file in files:
             records, left_out = _load(file)
             counts.append(len(records))
@@ -190,7 +147,7 @@ def _merge(tars: Sequence[str], files: Sequence[Path], table: Path) -> None:
                 f"{tars[0]}{' and others' * (len(tars) > 1)}: no sample with an image, expected "
                 f"KEY.jpg, KEY.txt and so on{left_out}."
             )
-    with _published(table) as stream:
+    with _written(table) as stream:
         contents = {"records": counts, "refused": refused, "files": [f.name for f in files]}
         stream.write(json.dumps(contents).encode())
 
@@ -205,25 +162,10 @@ def _load(file: Path) -> tuple[np.ndarray, Refused] | None:
 
 
 @contextlib.contextmanager
-def _published(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which has its name once it is whole.
-
-    One that is there already is left: it has the same content, and others may have mapped it.
-    """
-    temporary = path.with_name(uuid.uuid4().hex + TEMPORARY)
-    try:
-        with open(temporary, "xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """A file to write. One that is there already is left, for it has the same content."""
+    with replacing(path, overwrite=False) as temporary, open(temporary, "xb") as stream:
+        yield stream
 
 
 def _tidy(files: Sequence[Path], table: Path) -> None:

@@ -9,8 +9,8 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
 
+from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
-from declip_jax.data.sources.base import Columns
 from declip_jax.data.sources.fields import checked_record, choose
 from declip_jax.data.sources.prepared import ARRAY_RECORD, Shards, check_local
 

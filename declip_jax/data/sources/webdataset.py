@@ -11,6 +11,7 @@ in KEY.cls and the names of the classes in ROOT/classnames.txt. Where ROOT/datas
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -24,9 +25,10 @@ import numpy as np
 from absl import logging
 
 from declip_jax.data.input_files import MAX_CAPTION, MAX_IMAGE_BYTES, is_utf8
+from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources import paths
-from declip_jax.data.sources.base import Columns, Refused, Source, tell_refused
+from declip_jax.data.sources.base import Refused, Source, tell_refused
 from declip_jax.data.sources.fields import class_caption
 from declip_jax.data.sources.tar import BLOCK, files_of, is_image, key_hash, plain_files
 from declip_jax.data.sources.tar_index import RECORD, open_index
@@ -61,10 +63,11 @@ class WebDataset(Source):
 
     def __init__(self, pattern: str, columns: Columns, cache: str = ""):
         self._name = f"webdataset {pattern}"
-        columns = columns._replace(
+        columns = dataclasses.replace(
+            columns,
             image=columns.image.lower().lstrip("."),
-            captions=[name.lstrip(".") for name in columns.captions],
-            synthetic=[name.lstrip(".") for name in columns.synthetic],
+            captions=tuple(name.lstrip(".") for name in columns.captions),
+            synthetic=tuple(name.lstrip(".") for name in columns.synthetic),
             label=columns.label.lstrip("."),
         )
         if columns.key and not columns.key.startswith("json."):

@@ -9,7 +9,6 @@ classes, of these only its `labels`.
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from declip_jax.data.sources import Columns, Source, open_source, paths
+from declip_jax.hints import did_you_mean
 
 NAMES = (
     "cifar10",
@@ -95,9 +95,8 @@ def get(name: str) -> EvalSet:
     """
     known = (*NAMES, *RETRIEVAL)
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"set {name!r} is unknown; {hint}Expected one of {known}.")
+        hint = did_you_mean(name, known)
+        raise ValueError(f"set {name!r} is unknown.{hint} Expected one of {known}.")
     stored = _read(name)
     parent = _read(stored["like"]) if "like" in stored else stored
     classes = dict(parent.get("classes", ()))

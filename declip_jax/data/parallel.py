@@ -1,12 +1,13 @@
-"""Work in several processes, and how far it is."""
+"""Work in several threads or processes, and how far it is."""
 
+import functools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -17,6 +18,27 @@ from declip_jax.data.input_files import InputError
 
 Job, Result = TypeVar("Job"), TypeVar("Result")
 Tick = Callable[[], None]  # to be called for every image
+
+
+def cores() -> int:
+    """That this process may use."""
+    # Not on all systems can a process be held to some.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@functools.cache
+def pool(threads: int) -> futures.ThreadPoolExecutor:
+    """One in each process. The decoders and resizing release the GIL."""
+    return futures.ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+
+def iterate(dataset: Iterable[Any]) -> Iterator[Any]:
+    """What a pipeline gives; closing this ends its threads and processes."""
+    batches = iter(dataset)
+    try:
+        yield from batches
+    finally:
+        batches.close()
 
 
 class Progress:
@@ -81,11 +103,25 @@ def parallel(
         except BrokenProcessPool:
             raise InputError(
                 "a worker process was killed, perhaps because memory ran out; the same command "
-                "continues, and may have fewer --workers"
+                "continues, and may have fewer workers"
             ) from None
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+def follow_parent() -> None:
+    """In a process that was started for another: it ends with that one, and leaves Ctrl-C to it.
+
+    A terminal sends Ctrl-C to all processes; the main one decides, and may still need the others.
+    """
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow, daemon=True).start()
 
 
 class Stopped(Exception):
@@ -99,12 +135,7 @@ def _start_worker(work: Callable[[Any, Tick], Any], counter, stop) -> None:
         with counter.get_lock():
             counter.value += 1
 
-    def follow_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process gets it too, and sets `stop`
-    threading.Thread(target=follow_parent, daemon=True).start()
+    follow_parent()  # which sets `stop` at Ctrl-C
     global _work, _tick
     _work, _tick = work, tick
 

@@ -1,12 +1,15 @@
 """The scores of a checkpoint, in files that other programs read: one JSON, and the same as CSV."""
 
 import csv
-import hashlib
 import io
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from declip_jax.digests import digest
+from declip_jax.evals.suite import Found, renamed
+from declip_jax.files import write_text
 
 
 class Results:
@@ -40,8 +43,7 @@ class Results:
 
     def identity(self, task: list[Any]) -> str:
         """The id of the result of a task, of its `identity()`, for this checkpoint."""
-        described = json.dumps([self._all["checkpoint"], task], sort_keys=True).encode()
-        return hashlib.blake2b(described, digest_size=16).hexdigest()
+        return digest([self._all["checkpoint"], task])
 
     def find(self, identity: str) -> dict[str, Any] | None:
         """The result that has this id."""
@@ -64,8 +66,7 @@ class Results:
         self._write()
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self.path, json.dumps(self._all, indent=1, ensure_ascii=False) + "\n")
+        write_text(self.path, json.dumps(self._all, indent=1, ensure_ascii=False) + "\n")
         table = io.StringIO()
         rows = csv.writer(table)
         rows.writerow(("set", "task", "metric", "value", "settings"))
@@ -73,7 +74,7 @@ class Results:
             settings = json.dumps(result["settings"], ensure_ascii=False)  # tell results apart
             for metric, value in result["metrics"].items():
                 rows.writerow((result["set"], result["task"], metric, value, settings))
-        _replace(self.path.with_suffix(".csv"), table.getvalue())
+        write_text(self.path.with_suffix(".csv"), table.getvalue())
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -84,14 +85,32 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
+        read["results"] = [r | {"settings": renamed(r["settings"])} for r in read["results"]]
         return {name: read[name] for name in ("workdir", "step", "checkpoint", "results", "absent")}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is not what python -m declip_jax.evaluate writes ({error!r}): move it away."
         ) from error
 
 
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="")
-    os.replace(part, path)
+def keep(
+    workdir: Path, step: int, checkpoint: str, found: Found, absent: list[dict[str, str]]
+) -> None:
+    """Writes down what was found during training, so that nothing is scored twice.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint that was saved of this model.
+      checkpoint: its digest.
+      found: of `suite.run`: of an evaluation that was interrupted, the tasks that were finished.
+      absent: of `suite.build`.
+
+    Raises:
+      ValueError: the file there is of another kind.
+      OSError: it cannot be written.
+    """
+    results = Results(workdir, step, checkpoint)
+    if absent:
+        results.set_absent(absent)
+    for task, result in found:
+        results.add(result | {"id": results.identity(task.identity())})

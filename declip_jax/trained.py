@@ -1,0 +1,308 @@
+"""Models that were trained, read back: those of runs, and of other programs' files."""
+
+import dataclasses
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from declip_jax.checkpoint import Checkpoints, digest_of
+from declip_jax.config import Config
+from declip_jax.encode import Encoder
+from declip_jax.evals import suite
+from declip_jax.evals.options import Eval, Retrieval, Zeroshot
+from declip_jax.evals.preprocess import CLIP, IMAGENET, preprocess
+from declip_jax.files import write_text
+from declip_jax.interop import pretrained
+from declip_jax.interop.architecture import config_of
+from declip_jax.interop.pretrained import Pretrained
+from declip_jax.interop.transfer import resized
+from declip_jax.methods.base import encoders
+from declip_jax.models.two_towers import Model, two_towers
+from declip_jax.parallel.mesh import MeshShape, make_mesh, replicated
+from declip_jax.state import TrainState
+from declip_jax.step import Setup
+
+IMPORTED = "imported.json"
+
+
+class OfRun(NamedTuple):
+    """The model of a run, the step it is of, samples seen until then, and the configuration."""
+
+    model: Pretrained
+    step: int
+    samples: int
+    config: Config
+
+
+def read(path: str | Path, format: str = "") -> Pretrained:
+    """Reads the newest model of a run's workdir, or what `interop.pretrained.read` does.
+
+    Raises:
+      ValueError: nothing there that can be used.
+    """
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        if format:
+            raise ValueError(f"{path} is the workdir of a run: its model has no format to name.")
+        return read_run(path).model
+    return pretrained.read(path, format)
+
+
+def read_run(workdir: Path, step: str = "newest", ema: bool | None = None) -> OfRun:
+    """Reads a model from a run's checkpoint, without its optimizer.
+
+    Args:
+      workdir: of the run.
+      step: a number, "newest" or "best".
+      ema: the moving average of its parameters; None: if there is one.
+
+    Raises:
+      ValueError: no workdir, no such checkpoint, a damaged one.
+    """
+    checkpoints = Checkpoints.of_run(workdir)
+    try:
+        chosen = checkpoints.find(step)
+        record = checkpoints.record(chosen)
+        variables = checkpoints.restore_model(chosen, ema)
+    finally:
+        checkpoints.close()
+    # The first runs of all had no protocol: their models' images are resized to the crop.
+    usual = None if "preprocess" in record["config"]["eval"] else "train"
+    config = Config.recorded(record["config"], str(workdir), usual)
+    model = config.model.as_dict()
+    model = Pretrained(
+        workdir,
+        "declip_jax",
+        config.method,
+        None,
+        variables,
+        {name: model[name] for name in ("embed_dim", "activation", "image", "text")},
+        unknown=(),
+        mean=config.image_mean,
+        std=config.image_std,
+        short_side=config.preprocess.short_side,
+    )
+    return OfRun(model, chosen, record["samples"], config)
+
+
+def complete(model: Pretrained) -> Pretrained:
+    """A model with the preprocessing that its format usually has, where the file does not tell it.
+
+    Raises:
+      ValueError: the file does not tell the activation function either.
+    """
+    if model.model["activation"] is None:
+        raise ValueError(
+            f"{model.source} does not tell the activation function: say whose file it is, with "
+            "openai (QuickGELU), alip or open_clip (GELU) as its format, or put it beside its "
+            "open_clip_config.json."
+        )
+    resolution = model.model["image"]["resolution"]
+    usual = IMAGENET if model.format == "declip" else CLIP
+    side = round(resolution * 256 / 224) if model.format == "declip" else resolution
+    return model._replace(
+        mean=model.mean or usual[0],
+        std=model.std or usual[1],
+        short_side=model.short_side or side,
+    )
+
+
+def protocol(model: Pretrained) -> str:
+    """The `config.eval.preprocess` that a complete model's preprocessing is."""
+    side, resolution = model.short_side, model.model["image"]["resolution"]
+    if (model.mean, model.std) == CLIP and side == resolution:
+        return "openai"
+    if (model.mean, model.std) == IMAGENET and side == round(resolution * 256 / 224):
+        return "declip"
+    return "train" if side == resolution else "weights"
+
+
+def name_of(path: Path) -> str:
+    """What to call weights: a file's name without its endings, or where that says nothing, the
+    folder's."""
+    path = path.absolute()
+    name = re.sub(r"(\.(pt|pth|tar|bin|safetensors))*$", "", path.name)
+    says_nothing = r"(open_clip_)?(pytorch_)?(model|weights|checkpoint|ckpt)"
+    return path.parent.name if path.is_file() and re.fullmatch(says_nothing, name) else name
+
+
+class Trained(NamedTuple):
+    """A trained model, ready to encode.
+
+    Attributes:
+      method: that trained it.
+      model, eval: sections of the configuration.
+      shared: what its evaluations have in common.
+      encoder: in use of the model.
+      state: what was restored; of another program's weights it has their variables alone.
+      step: of the checkpoint, 0 of another program's weights.
+      digest: of its arrays.
+      record: of the checkpoint: samples seen, the configuration of the training (completed), …
+      setup: what it was restored into, with the run's configuration; None of another program's
+        weights.
+    """
+
+    method: str
+    model: Model
+    eval: Eval
+    shared: suite.Shared
+    encoder: Encoder
+    state: TrainState
+    step: int
+    digest: str
+    record: dict[str, Any]
+    setup: Setup | None = None
+
+    @property
+    def config(self) -> Config | None:
+        """Of the run, with the mesh of this machine; None of another program's weights."""
+        return self.setup and self.setup.config
+
+
+def load(workdir: Path, step: str = "newest", preprocess: str | None = None) -> Trained:
+    """Loads the model of a run.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint: a number, "newest" or "best" (by the run's own best metric).
+      preprocess: in place of the run's `config.eval.preprocess`.
+
+    Raises:
+      ValueError: no workdir, no checkpoint, or none of that step.
+    """
+    checkpoints = Checkpoints.of_run(workdir)
+    chosen = checkpoints.find(step)
+    record = checkpoints.record(chosen)
+    config = Config.recorded(record["config"], str(workdir), preprocess)
+    record["config"] = config.record()
+    # This machine's devices, not those of the training: as many as share its work evenly.
+    config = dataclasses.replace(
+        config,
+        mesh=MeshShape(data=-1, fsdp=1),
+        model=dataclasses.replace(config.model, attention="xla"),
+    )
+    sizes = {"eval.batch_size": config.eval.batch_size}
+    sizes["loss.support_set.size"] = config.loss.support_set.size
+    setup = Setup(config, _devices(sizes))
+    state = checkpoints.restore(chosen, setup.abstract_state)
+    checkpoints.close()
+    shared = suite.shared(config.eval, config.preprocess)
+    encoder = Encoder(
+        setup.method,
+        config.preprocess,
+        config.eval.batch_size,
+        config.model.text.context,
+        setup.mesh,
+        setup.tokenizer,
+    ).use(state.eval_params, state.model_state)
+    told = config.method, config.model, config.eval, shared, encoder
+    return Trained(*told, state, chosen, digest_of(record), record, setup)
+
+
+class Imported(NamedTuple):
+    """What of another program was evaluated in a workdir, as `WORKDIR/imported.json` keeps it.
+
+    Attributes:
+      path: of the weights, or of a folder with them.
+      format: one of `interop.pretrained.FORMATS`; "": told by the names.
+      image_size, context: to fit the positions to; 0: the model's.
+      preprocess: in place of what goes with the weights.
+      digest: of the model, "" before it was read.
+    """
+
+    path: str
+    format: str = ""
+    image_size: int = 0
+    context: int = 0
+    preprocess: str = ""
+    digest: str = ""
+
+    @classmethod
+    def of(cls, workdir: Path) -> "Imported":
+        """What was evaluated in a workdir. Raises ValueError if its file is damaged."""
+        file = workdir / IMPORTED
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is not what evaluate writes ({error}).") from error
+
+    def keep(self, workdir: Path) -> None:
+        """Writes it down. Raises ValueError if the workdir has scores of another model."""
+        file = workdir / IMPORTED
+        if (workdir / "checkpoints").is_dir():
+            raise ValueError(f"--workdir={workdir} is a run's: give --init one of its own.")
+        if file.exists() and (before := Imported.of(workdir)).digest != self.digest:
+            raise ValueError(
+                f"--workdir={workdir} has scores of another model ({before.path}, or what it was "
+                "then): give --init one of its own."
+            )
+        write_text(file, json.dumps(self._asdict(), indent=1) + "\n")
+
+
+def load_imported(imported: Imported) -> Trained:
+    """Loads weights of another program.
+
+    Raises:
+      ValueError: what `read` refuses, a model whose activation function is not known, or one that
+        has changed since `imported` was written.
+    """
+    model = complete(read(imported.path, imported.format))
+    print(f"{model.describe()}.", file=sys.stderr)
+    resolution = imported.image_size or model.model["image"]["resolution"]
+    context = imported.context or model.model["text"]["context"]
+    model, notes = resized(model, resolution, context)
+    used = imported.preprocess or protocol(model)
+    for note in (*model.notes, *notes, f"preprocessing: {used!r}"):
+        print(f"  {note}", file=sys.stderr)
+    digest = model.digest()
+    if imported.digest not in ("", digest):
+        raise ValueError(f"{imported.path} has changed since it was evaluated.")
+    section = Model.read(config_of(model.model), "config.model")
+    evaluation = Eval(  # how it is evaluated here
+        every=0,
+        batch_size=256,
+        preprocess=used,
+        suite="",
+        data_dir="data",
+        zeroshot=Zeroshot(source="", split="test", templates=("a photo of a {}.",)),
+        retrieval=Retrieval(source="", split="test", prefix=""),
+    )
+    seen = preprocess(used, resolution, model.mean, model.std)
+    if used == "weights":
+        seen = seen._replace(short_side=model.short_side)
+        used += f" ({model.short_side} px, mean {model.mean}, deviation {model.std})"
+    mesh = make_mesh(-1, 1, _devices({"eval.batch_size": evaluation.batch_size}))
+    kinds = jax.device_put(dict(model.variables), replicated(mesh))
+    none = dict.fromkeys(("opt_state", "ema", "rng"))
+    state = TrainState(step=0, params=kinds.pop("params"), model_state=kinds, **none)
+    encoder = Encoder(
+        encoders(two_towers(section)), seen, evaluation.batch_size, section.text.context, mesh
+    ).use(state.params, state.model_state)
+    told = dict(method=model.method, model=section.as_dict())
+    told |= dict(image_mean=model.mean, image_std=model.std)
+    record = {"samples": 0, "config": json.loads(json.dumps(told))}
+    shared = suite.shared(evaluation, seen, used)
+    return Trained(model.method, section, evaluation, shared, encoder, state, 0, digest, record)
+
+
+def _devices(sizes: dict[str, int]) -> list[jax.Device]:
+    """As many devices as share the work evenly.
+
+    Args:
+      sizes: that their number must divide, by the field of the config.
+    """
+    shares = math.gcd(*sizes.values())
+    count = max(n for n in range(1, jax.device_count() + 1) if shares % n == 0)
+    if count < jax.device_count():
+        print(
+            f"Using {count} of {jax.device_count()} devices: more do not divide "
+            + " and ".join(f"config.{name}={size}" for name, size in sizes.items())
+            + ".",
+            file=sys.stderr,
+        )
+    return jax.devices()[:count]
