@@ -19,7 +19,7 @@ ask what few pairs seen often give:
 """
 
 import argparse
-import hashlib
+import importlib
 import json
 import os
 import platform
@@ -33,27 +33,13 @@ import jax
 import ml_collections
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # configs are not installed
-from configs import (  # noqa: E402
-    alip_vit_b32_yfcc15m,
-    clip_vit_b32_yfcc15m,
-    declip_vit_b32_yfcc15m,
-    defilip_vit_b32_yfcc15m,
-    filip_vit_b32_yfcc15m,
-    quickstart,
-    slip_vit_b32_yfcc15m,
-)
-from declip_jax.checkpoint import to_json  # noqa: E402
+from configs import quickstart  # noqa: E402
+from declip_jax.config import Config  # noqa: E402
+from declip_jax.digests import digest  # noqa: E402
+from declip_jax.methods import METHODS  # noqa: E402
 from declip_jax.metrics import read_metrics  # noqa: E402
 from declip_jax.train import train  # noqa: E402
 
-PUBLISHED = {
-    "clip": clip_vit_b32_yfcc15m,
-    "slip": slip_vit_b32_yfcc15m,
-    "filip": filip_vit_b32_yfcc15m,
-    "declip": declip_vit_b32_yfcc15m,
-    "defilip": defilip_vit_b32_yfcc15m,
-    "alip": alip_vit_b32_yfcc15m,
-}
 SCORES = {
     "zero-shot top-1": "val/zeroshot/top1",
     "image → text R@1": "val/retrieval/image_to_text_r1",
@@ -69,7 +55,7 @@ def config_of(variant: str, seed: int, args) -> ml_collections.ConfigDict:
     config.batch_size = args.batch_size
     config.total_steps = args.steps
     limits = config.loss.logit_scale_range
-    published = PUBLISHED[method].get_config().unlock()
+    published = importlib.import_module(f"configs.{method}_vit_b32_yfcc15m").get_config().unlock()
     config.loss, config.data.mask_rate = published.loss, published.data.mask_rate
     config.loss.logit_scale_range = limits
     config.loss.support_set.size = args.support_set
@@ -104,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--methods", nargs="+", default=list(PUBLISHED))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -115,9 +101,9 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/compare_methods"))
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
-    unknown = {variant.split(",")[0] for variant in args.methods} - set(PUBLISHED)
+    unknown = {variant.split(",")[0] for variant in args.methods} - set(METHODS)
     if unknown:
-        parser.error(f"--methods: {sorted(unknown)} are none of {sorted(PUBLISHED)}.")
+        parser.error(f"--methods: {sorted(unknown)} are none of {sorted(METHODS)}.")
 
     name = f"{Path(args.data).name or 'scenes'} {args.split}"
     runs = {}
@@ -125,7 +111,7 @@ def main() -> None:
         for method in args.methods:
             config = config_of(method, seed, args)
             # Other settings, code's or argument's, are another run.
-            settings = hashlib.sha256(to_json(config).encode()).hexdigest()[:8]
+            settings = digest(Config.read(config).record())[:8]
             workdir = args.workdir / f"{method}_{seed}_{settings}"
             started = time.perf_counter()
             if train(config, workdir).step < args.steps:

@@ -57,9 +57,10 @@ CHECK_STEPS = 3
 def load_config(args):
     """The method's published ViT-B/32 recipe, with the tower asked for."""
     config = importlib.import_module(f"configs.{args.method}_vit_b32_yfcc15m").get_config().unlock()
+    recipe = config.model.image.kind
     common.set_variant(config, args.tower)
-    if config.model.image.kind == "resnet":
-        config.optim.frozen = ()  # the recipes freeze the patch convolution
+    if config.model.image.kind != recipe:
+        config.optim.frozen = ()  # layers that this tower does not have
     if args.tiny:
         common.finish(config, "tiny").unlock()
     config.batch_size = args.batch

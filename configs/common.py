@@ -45,7 +45,10 @@ def _common() -> ConfigDict:
     config.model.scan = True  # one compiled layer, or False: every layer unrolled
     config.model.remat = "none"  # what the backward pass computes again: "none", "dots", "full"
     config.model.init_logit_scale = math.log(1 / 0.07)  # a logarithm
-    config.model.init_logit_bias = config_dict.placeholder(float)  # none; SigLIP's: -10
+    # SigLIP's is -10. Losses with a softmax do not see it.
+    config.model.init_logit_bias = config_dict.placeholder(
+        float
+    )  # none; SigLIP's -10. A softmax cancels it
 
     # What a new run starts from: weights of open_clip, Transformers, OpenAI, DeCLIP or ALIP (a file
     # or a folder, see docs/interop.md), or another run's workdir. "": drawn anew.
@@ -205,17 +208,19 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
     return config.lock()
 
 
+_TINY = {
+    "vit": dict(patch=8, width=32, layers=2, heads=2),
+    "resnet": dict(width=8, layers=(1, 1, 1, 1), heads=4),
+}
+
+
 def _tiny(config: ConfigDict) -> None:
     """Shrinks sizes, not structure: the same code runs, on the drawn scenes, in seconds."""
     config.batch_size = 16
     config.total_steps = 4
     config.model.embed_dim = 32
     config.model.dtype = "float32"
-    image = config.model.image
-    if image.kind == "vit":
-        image.update(resolution=32, patch=8, width=32, layers=2, heads=2)
-    else:
-        image.update(resolution=32, width=8, layers=(1, 1, 1, 1), heads=4)
+    config.model.image.update(resolution=32, **_TINY[config.model.image.kind])
     config.model.text.update(context=32, width=32, layers=2, heads=2)
     config.model.heads.update(projector=32, predictor=16, simclr_hidden=32, simclr=16, dense=16)
     config.loss.support_set.size = 64

@@ -7,8 +7,6 @@ restored without a word.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
+from declip_jax.digests import digest
 from declip_jax.parallel.rules import path_name
 from declip_jax.section import Section, at_least
 from declip_jax.state import TrainState
@@ -267,8 +266,7 @@ class Checkpoints:
 
 def digest_of(record: dict[str, Any]) -> str:
     """What tells a checkpoint from all others, of its JSON record: follows from its arrays."""
-    fingerprint = json.dumps(record["fingerprint"], sort_keys=True).encode()
-    return hashlib.blake2b(fingerprint, digest_size=16).hexdigest()
+    return digest(record["fingerprint"])
 
 
 def config_differences(saved: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -24,6 +24,7 @@ from declip_jax.interop import (
 )
 from declip_jax.interop.architecture import infer, sections
 from declip_jax.interop.transfer import fit, resized
+from declip_jax.methods import METHODS
 from tests.drawn import method_of
 
 IMAGES = {
@@ -32,14 +33,6 @@ IMAGES = {
         kind="resnet", resolution=64, width=8, layers=(1, 1, 2, 1), heads=4, bn_group_size=0
     ),
 }
-TERMS = {
-    "clip": ("clip",),
-    "slip": ("clip", "simclr"),
-    "filip": ("clip", "filip"),
-    "declip": ("clip", "simsiam", "mlm", "nn_text"),
-    "defilip": ("clip", "simsiam", "mlm", "nn_text", "filip"),
-    "alip": ("raw", "synthetic"),
-}
 # What the file does not tell of a model of this kind.
 UNKNOWN = ("image.heads", "text.heads", "activation")
 
@@ -47,7 +40,7 @@ UNKNOWN = ("image.heads", "text.heads", "activation")
 def config_of(method, kind="vit", proj_bias=True):
     config = common.get_config("tiny").unlock()
     config.method = method
-    config.loss.weights = dict.fromkeys(TERMS[method], 1.0)
+    config.loss.weights = dict.fromkeys(METHODS[method].terms, 1.0)
     config.model.embed_dim = 16
     config.model.image = IMAGES[kind]
     config.model.text.update(vocab_size=20, eot_id=18, context=8, width=24, heads=3)
