@@ -88,6 +88,8 @@ def at_least(low: float, value: Any = dataclasses.MISSING) -> Any:
         several = given if isinstance(given, tuple) else (given,)
         if any(isinstance(one, int) and one > LARGEST for one in several):
             return f"must be at most {LARGEST}"
+        if any(one == math.inf for one in several):
+            return "must be finite"
         return "" if all(low <= one for one in several) else f"must be at least {low}"
 
     return option(value, rule=rule)
@@ -113,7 +115,7 @@ def between(
 
 def positive(value: Any = dataclasses.MISSING) -> Any:
     """A number above 0."""
-    return option(value, rule=lambda given: "" if given > 0 else "must be above 0")
+    return option(value, rule=lambda given: "" if 0 < given < math.inf else "must be above 0")
 
 
 def one_of(*known: str, value: Any = dataclasses.MISSING) -> Any:
@@ -150,8 +152,8 @@ def read_value(value: Any, hint: Any, where: str, expected: str = "") -> Any:
     if hint is float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise wrong
-        if not math.isfinite(value):
-            raise ValueError(f"{where}={value!r} must be a finite number.")
+        if math.isnan(value):
+            raise ValueError(f"{where}={value!r} is not a number.")
         return float(value)
     if origin is dict:
         if not _is_mapping(value):

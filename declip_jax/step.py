@@ -190,7 +190,10 @@ def check_training(setup: Setup) -> None:
     part = config.batch_size // config.microbatches
     parts = f"config.batch_size={config.batch_size} in config.microbatches={config.microbatches}"
     if part % mesh.size:
-        raise ValueError(f"{parts} gives parts that cannot be divided over {mesh.size} devices.")
+        raise ValueError(
+            f"config.microbatches={config.microbatches} does not cut config.batch_size="
+            f"{config.batch_size} into parts that can be divided over {mesh.size} devices."
+        )
     if part < 2 and "batch_stats" in setup.abstract_state.model_state:
         raise ValueError(
             f"{parts} leaves one example for batch normalization, which needs at least two."

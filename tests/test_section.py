@@ -60,7 +60,7 @@ def test_reads_mappings_of_any_kind_and_what_it_made_itself():
         ({"share": 0}, "share=0.0 must lie in 0 … 1, above 0, below 1."),
         ({"share": 1}, "share=1.0 must lie in 0 … 1, above 0, below 1."),
         ({"share": True}, "share=True: expected a number."),
-        ({"share": float("nan")}, "share=nan must be a finite number."),
+        ({"share": float("nan")}, "share=nan is not a number."),
         ({"sizes": [0]}, "sizes=(0,) must be at least 1."),
         ({"sizes": 3}, "sizes=3: expected a tuple, each of it a whole number."),
         ({"sizes": [2**63]}, "sizes=(9223372036854775808,) must be at most 2147483647."),

@@ -78,6 +78,12 @@ def test_a_run_of_the_first_version_of_all():
     assert Config.recorded(first, "the run", "openai").eval.preprocess == "openai"
 
 
+def test_a_limit_that_training_refuses_now_is_still_read():
+    config = recorded("clip_vit")
+    config["loss"]["logit_scale_range"] = json.loads("[3.0, Infinity]")
+    assert Config.recorded(config, "the run").loss.logit_scale_range == (3.0, float("inf"))
+
+
 def test_what_cannot_be_mapped_is_named():
     config = recorded("clip_vit")
     with pytest.raises(ValueError, match=r"config\.optim has no field 'peek_lr'\. Did you mean 'p"):

@@ -1,5 +1,7 @@
 """The section `config.loss`."""
 
+import math
+
 from declip_jax.section import Section, at_least, between, positive
 
 
@@ -42,7 +44,7 @@ class Loss(Section):
                 "low <= high."
             )
         weights = self.weights.values()
-        if min(weights, default=0) < 0 or (weights and not any(weights)):
+        if not all(0 <= w < math.inf for w in weights) or (weights and not any(weights)):
             raise ValueError(
                 f"{where}.weights={self.weights} must be at least 0, and not all of them 0."
             )
