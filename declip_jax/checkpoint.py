@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from flax.traverse_util import flatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 from declip_jax.digests import digest
@@ -276,7 +277,7 @@ def config_differences(saved: dict[str, Any], now: dict[str, Any]) -> tuple[list
       Two lists of "field: saved -> now": what makes it another model (`method`, `model`), and the
       other settings.
     """
-    old, new = _flat(saved), _flat(now)
+    old, new = flatten_dict(saved, sep="."), flatten_dict(now, sep=".")
     model, other = [], []
     for name in sorted(old.keys() | new.keys()):
         if old.get(name, "(absent)") == new.get(name, "(absent)"):
@@ -285,16 +286,6 @@ def config_differences(saved: dict[str, Any], now: dict[str, Any]) -> tuple[list
         is_model = name == "method" or (name.startswith("model.") and not name.startswith(_FREE))
         (model if is_model else other).append(line)
     return model, other
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _on_disk(state: TrainState) -> dict[str, Any]:

@@ -8,23 +8,14 @@ import jax
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a run needs to continue exactly, but for the position in the data.
+    """Everything a run needs to continue exactly, but for the position in the data."""
 
-    Attributes:
-      step: int32 scalar, optimizer steps done.
-      params: what the optimizer updates.
-      opt_state: the optimizer's own state.
-      model_state: all other state of the method (BN statistics, support set, running means).
-      ema: exponential moving average of the parameters, or None when it is off.
-      rng: key that, folded with `step`, gives every random number of a step.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    model_state: Any
-    ema: Any
-    rng: jax.Array
+    step: jax.Array  # int32 scalar, optimizer steps done
+    params: Any  # what the optimizer updates
+    opt_state: Any  # the optimizer's own state
+    model_state: Any  # all other state of the method: BN statistics, support set, running means
+    ema: Any  # exponential moving average of the parameters, or None when it is off
+    rng: jax.Array  # key that, folded with `step`, gives every random number of a step
 
     @property
     def eval_params(self):

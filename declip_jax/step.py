@@ -14,6 +14,7 @@ from declip_jax.config import Config
 from declip_jax.data.pipeline import TrainBatches, train_batches
 from declip_jax.data.sources import Source
 from declip_jax.data.tokenizer import CLIP_TOKENIZER
+from declip_jax.encode import Encoder
 from declip_jax.parallel import rules
 from declip_jax.parallel.mesh import check_batch_size, make_mesh
 from declip_jax.state import TrainState
@@ -151,6 +152,13 @@ class Setup:
         built = self.method, self.tx, self.schedule, self.frozen
         step = make_train_step(*built, self.augment_batch, self.config.ema_decay)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))
+
+    def encoder(self) -> Encoder:
+        """What evaluates models of the run; `use` gives it one."""
+        config = self.config
+        seen, context = config.preprocess, config.model.text.context
+        sizes = config.eval.batch_size, context, self.mesh
+        return Encoder(self.method, seen, *sizes, self.tokenizer)
 
     def batches(
         self,

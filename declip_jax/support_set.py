@@ -23,27 +23,17 @@ State = dict[str, jax.Array]
 
 
 class Neighbors(NamedTuple):
-    """The k rows nearest to each of Q queries, nearest first. No gradient flows through them.
+    """The k rows nearest to each of Q queries, nearest first. No gradient flows through them."""
 
-    Attributes:
-      rows: [Q, k, D], sharded by queries over all devices.
-      similarity: [Q, k] cosines.
-      age: int32 [Q, k], how many rows have been enqueued after this one; -1 if it is from `init`.
-    """
-
-    rows: jax.Array
-    similarity: jax.Array
-    age: jax.Array
+    rows: jax.Array  # [Q, k, D], sharded by queries over all devices
+    similarity: jax.Array  # [Q, k] cosines
+    age: jax.Array  # int32 [Q, k], how many rows have been enqueued after it; -1: it is of `init`
 
 
 def check(size: int, devices: int, enqueued_per_step: int, neighbors: int) -> None:
     """Raises ValueError, naming the field, for a support set that could not work.
 
-    Args:
-      size: N, the number of rows.
-      devices: that the rows are divided over.
-      enqueued_per_step: rows, of all devices together.
-      neighbors: k, asked for by each query.
+    It has `size` rows, divided over the devices; all devices together enqueue so many a step.
     """
     field = f"config.loss.support_set.size={size}"
     if size % devices:

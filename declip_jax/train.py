@@ -23,7 +23,6 @@ from declip_jax.checkpoint import CheckpointError, Checkpoints, config_differenc
 from declip_jax.config import Config
 from declip_jax.data.pipeline import digest
 from declip_jax.data.sources import Source, open_data
-from declip_jax.encode import Encoder
 from declip_jax.evals import suite
 from declip_jax.metrics import Meter, Progress, duration, silence_alarms
 from declip_jax.parallel.mesh import shard_batch
@@ -56,7 +55,7 @@ def train(config, workdir: Path) -> TrainState:
     step = Step(setup, meter, progress)
     batches = setup.batches(source, now.samples, progress.say)
     policy, last = config.checkpoint, config.total_steps
-    scored = tasks, encoder_of(setup), policy.best_metric
+    scored = tasks, setup.encoder(), policy.best_metric
     evaluate = Evaluate(config.eval.every, last, *scored, progress, interrupt)
     written = config.record(), data, checkpoints
     save = Save(policy, last, *written, meter, workdir, interrupt, saved=now.step)
@@ -119,19 +118,6 @@ def tasks_of(config: Config, progress: Progress) -> tuple[list[suite.Task], list
     return tasks, absent
 
 
-def encoder_of(setup: Setup) -> Encoder:
-    """What evaluates the models of a run."""
-    config = setup.config
-    return Encoder(
-        setup.method,
-        config.preprocess,
-        config.eval.batch_size,
-        config.model.text.context,
-        setup.mesh,
-        setup.tokenizer,
-    )
-
-
 def open_fitting(setup: Setup) -> tuple[Source, str]:
     """The run's data, and their digest. What does not fit them is refused, before anything is
     written."""
@@ -143,14 +129,7 @@ def open_fitting(setup: Setup) -> tuple[Source, str]:
 def start_or_continue(
     setup: Setup, source: Source, data: str, workdir: Path, progress: Progress
 ) -> tuple[Checkpoints, Moment]:
-    """Creates the workdir, or finds the run that it has.
-
-    Args:
-      setup: of the run.
-      source: its data.
-      data: their digest.
-      workdir: of the run.
-      progress: is told.
+    """Creates the workdir, or finds the run that it has. `data` is the digest of its `source`.
 
     Returns:
       Its checkpoints; and where it is. They are closed if no step is left to do.

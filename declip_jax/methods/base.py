@@ -21,17 +21,11 @@ Metrics = dict[str, jax.Array]
 
 
 class Views(NamedTuple):
-    """What the pipeline must deliver for each pair.
+    """What the pipeline must deliver for each pair."""
 
-    Attributes:
-      image: names of `config.views`.
-      text: names of `data.pipeline.TEXT_VIEWS`.
-      padded: captions keep their padding up to the context, because the loss sees it.
-    """
-
-    image: tuple[str, ...]
-    text: tuple[str, ...]
-    padded: bool = False
+    image: tuple[str, ...]  # names of `config.views`
+    text: tuple[str, ...]  # names of `data.pipeline.TEXT_VIEWS`
+    padded: bool = False  # captions keep their padding up to the context: the loss sees it
 
 
 class Network(TwoTowers):
@@ -65,26 +59,16 @@ class Network(TwoTowers):
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a loss term reads.
+    """What a loss term reads."""
 
-    Attributes:
-      features: of the network, for the whole global batch.
-      batch: its tokens [B, T, L].
-      state: the method's own, as it was before this step.
-      scales: exp of "logit_scale" and of the method's other logit scales, by name.
-      model, loss: the sections of the configuration.
-      mesh: that arrays lie over.
-      info_nce, positive_rank: `losses.contrastive`'s, or those of less memory.
-    """
-
-    features: dict[str, Any]
-    batch: Batch
-    state: dict[str, PyTree]
-    scales: dict[str, jax.Array]
-    model: Model
+    features: dict[str, Any]  # of the network, for the whole global batch
+    batch: Batch  # with "tokens" [B, T, L]
+    state: dict[str, PyTree]  # the method's own, as it was before this step
+    scales: dict[str, jax.Array]  # exp of "logit_scale" and of further logit scales
+    model: Model  # sections of the configuration
     loss: Loss
-    mesh: Mesh
-    info_nce: Callable
+    mesh: Mesh  # that arrays lie over
+    info_nce: Callable  # `losses.contrastive`'s, or those of less memory
     positive_rank: Callable
     computed: dict[Any, Any] = dataclasses.field(default_factory=dict)  # see `once`
 
@@ -119,50 +103,32 @@ def rank_of_pairs(x: Inputs) -> jax.Array:
 
 
 class State(NamedTuple):
-    """State of a method beside its network's. It is checkpointed and sharded as parameters are.
+    """State of a method beside its network's. It is checkpointed and sharded as parameters are."""
 
-    Attributes:
-      init: (rng, embed_dim, loss) -> a pytree.
-      update: (the pytree, inputs of a step) -> its next value.
-      check: (loss, batch size, devices), raises ValueError for settings that could not work.
-    """
-
-    init: Callable[[jax.Array, int, Loss], PyTree]
-    update: Callable[[PyTree, Inputs], PyTree]
+    init: Callable[[jax.Array, int, Loss], PyTree]  # of a key, the embedding's width, `loss`
+    update: Callable[[PyTree, Inputs], PyTree]  # its next value
+    # check(loss, batch size, devices) raises ValueError for settings that could not work
     check: Callable[[Loss, int, int], None] = lambda loss, batch_size, devices: None
 
 
 class Definition(NamedTuple):
-    """A method: what distinguishes it from the others.
+    """A method: what distinguishes it from the others."""
 
-    Attributes:
-      views: (loss) -> what it asks of the pipeline.
-      terms: its loss terms by name; `config.loss.weights` has one weight for each.
-      network: the towers and its heads.
-      state: its own, by name.
-      metrics: (inputs) -> scalars to log beside the terms.
-      rank: (inputs) -> ranks [B] that "top1" and "top5" are the accuracy of.
-    """
-
-    views: Callable[[Loss], Views]
-    terms: Mapping[str, Callable[[Inputs], jax.Array]]
-    network: type[Network] = Network
-    state: Mapping[str, State] = {}
-    metrics: Callable[[Inputs], Metrics] = lambda x: {}
-    rank: Callable[[Inputs], jax.Array] = rank_of_pairs
+    views: Callable[[Loss], Views]  # what it asks of the pipeline
+    terms: Mapping[str, Callable[[Inputs], jax.Array]]  # `config.loss.weights` has these names
+    network: type[Network] = Network  # the towers and its heads
+    state: Mapping[str, State] = {}  # its own, by name
+    metrics: Callable[[Inputs], Metrics] = lambda x: {}  # to log beside the terms
+    rank: Callable[[Inputs], jax.Array] = rank_of_pairs  # [B], that "top1" and "top5" are of
 
 
 class Aux(NamedTuple):
-    """What a loss returns beside its value.
+    """What a loss returns beside its value."""
 
-    Attributes:
-      metrics: scalars to log: "loss" and "top1", which the progress line shows, every term of the
-        loss under its name, and whatever else tells how the method does.
-      model_state: the new value of the state that is not parameters.
-    """
-
+    # Scalars to log: "loss" and "top1", which the progress line shows, every term of the loss under
+    # its name, and whatever else tells how the method does.
     metrics: Metrics
-    model_state: PyTree
+    model_state: PyTree  # the new value of the state that is not parameters
 
 
 class Method(NamedTuple):
@@ -215,7 +181,12 @@ def build(
     Raises:
       ValueError: a setting that the method cannot take.
     """
-    check_weights(loss.weights, definition.terms)
+    weights, named = sorted(loss.weights), sorted(definition.terms)
+    if weights != named:
+        raise ValueError(
+            f"config.loss.weights has {weights}, but the method's loss terms are {named}: name "
+            "each term exactly once (a weight of 0 switches one off)."
+        )
     for state in definition.state.values():
         state.check(loss, batch_size, mesh.size)
     network, views = definition.network.of(model, loss), definition.views(loss)
@@ -326,17 +297,8 @@ def choose(loss: Loss, mesh: Mesh, name: str) -> Callable:
     return either
 
 
-def check_weights(weights: Mapping[str, float], terms: Mapping[str, Any]) -> None:
-    """Raises ValueError unless there is exactly one weight for each of the method's `terms`."""
-    if set(weights) != set(terms):
-        raise ValueError(
-            f"config.loss.weights has {sorted(weights)}, but the method's loss terms are "
-            f"{sorted(terms)}: name each term exactly once (a weight of 0 switches one off)."
-        )
-
-
 def weighted_sum(terms: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:
-    """Sum of weight · term over the names, which `check_weights` has matched.
+    """Sum of weight · term over the names.
 
     A term without weight is a metric only: leaving it out of the sum spares its backward pass.
     """
