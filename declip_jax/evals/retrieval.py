@@ -48,15 +48,11 @@ def collect(
             image_of_text += [index] * len(texts)
         images += len(captions)
         image_features.append(encode_image(batch["image"]))
-        prompts = [prefix + text for texts in captions for text in texts]
-        text_features.append(encode_texts(prompts))
+        text_features.append(encode_texts([prefix + text for texts in captions for text in texts]))
     if not images:
         raise ValueError("batches held no images: the evaluation set is empty")
-    return (
-        np.concatenate(image_features),
-        np.concatenate(text_features),
-        np.array(image_of_text, np.int32),
-    )
+    features = np.concatenate(image_features), np.concatenate(text_features)
+    return *features, np.array(image_of_text, np.int32)
 
 
 def retrieval(
@@ -93,12 +89,8 @@ def retrieval(
         raise ValueError(
             f"retrieval needs images and texts, got {len(image_features)} and {len(text_features)}"
         )
-    if (
-        image_features.ndim != 2
-        or text_features.ndim != 2
-        or image_features.shape[1] != text_features.shape[1]
-        or image_of_text.shape != text_features.shape[:1]
-    ):
+    shapes = image_features.shape[1:], text_features.shape[1:], image_of_text.shape
+    if len(shapes[0]) != 1 or shapes[0] != shapes[1] or shapes[2] != text_features.shape[:1]:
         raise ValueError(
             "expected image_features [N, D], text_features [M, D] and image_of_text [M], got "
             f"{image_features.shape}, {text_features.shape} and {image_of_text.shape}"
@@ -145,8 +137,7 @@ def ranks(
       candidates: float32 [M, D].
       query_image: int [N], the image a query is or belongs to.
       candidate_image: int [M].
-      block: side of a tile of scores.
-      mesh: the queries are divided over its devices; None for one device.
+      block, mesh: as for `retrieval`.
 
     Returns:
       int32 [N].
@@ -179,8 +170,7 @@ def top_matches(
       queries: float32 [N, D].
       candidates: float32 [M, D].
       k: matches a query.
-      block: side of a tile of scores.
-      mesh: the queries are divided over its devices; None for one device.
+      block, mesh: as for `retrieval`.
 
     Returns:
       int32 [N, min(k, M)], rows of `candidates`.
