@@ -25,7 +25,7 @@ def score(
     Args:
       trained: the model.
       workdir: of its run.
-      entries: of a suite.
+      entries: of a suite; one alone raises what else would be a line of what failed.
       data_dir: where known sets are; "": where `config.eval.data_dir` says.
       again: compute everything, also what has been scored or is in the cache.
 

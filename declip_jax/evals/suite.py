@@ -63,20 +63,13 @@ class Task:
         and metric are used. "": none, but the source's own.
       source: the data, as for training; "": where `sets.open_set` looks for the set.
 
-    Attributes:
-      name: in the names of metrics.
-      metrics: what a call gives, without the counts.
-      metric: the one of them that papers report of this set.
-      images_of_set: that its test split has, 0 if this is not known.
-      settings: all that the scores follow from, besides the model and the data.
-
     Raises:
       sets.Absent: the set is not on this machine.
       ValueError: settings or data that cannot be used.
     """
 
     task: str
-    metrics: tuple[str, ...] = ("top1", "top5", "mean_per_class")
+    metrics: tuple[str, ...] = ("top1", "top5", "mean_per_class")  # of a call, without counts
 
     def __init__(self, shared: Shared, *, set: str = "", source: str = ""):
         if not set and not source:
@@ -84,10 +77,12 @@ class Task:
                 f"{self.task} needs a set, one of {sets.NAMES}, or a source, such as a folder that "
                 "python -m declip_jax.prepare wrote."
             )
-        self.set, self.title, self.metric = set or source, set or source, self.metrics[0]
-        self.images_of_set = 0
-        self.name = f"{self.set}/{self.task}"
+        self.set, self.title = set or source, set or source
+        self.metric = self.metrics[0]  # that papers report of this set
+        self.images_of_set = 0  # that its test split has, 0 if this is not known
+        self.name = f"{self.set}/{self.task}"  # in the names of metrics
         self._set, self._source, self._shared = set, source, shared
+        # All that the scores follow from, besides the model and the data.
         self.settings: dict[str, Any] = {"source": source, "preprocess": shared.preprocess}
         self._opened: dict[Source, list[Any]] = {}  # and the identity of each, which takes time
         self._names: tuple[str, ...] = ()  # of classes, where they matter beside their number

@@ -17,13 +17,7 @@ _NEIGHBORS = 5
 
 
 def write_page(runs: Sequence[Run], out: Path, *, images: int, captions: int) -> None:
-    """Writes an HTML file that needs no other.
-
-    Args:
-      runs: to compare.
-      out: the file.
-      images, captions: how many images of each run are searched, by how many captions.
-    """
+    """Writes an HTML file that needs no other; `images` of each run are searched by `captions`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # captions and names may hold anything

@@ -37,13 +37,7 @@ def _numbers() -> tuple[Number, ...]:
 
 
 def published(method: str, model: str | None = None, task: str | None = None) -> list[Number]:
-    """What is published of a method, in the order of the tables; [] if nothing is.
-
-    Args:
-      method, model, task: see `Number`; None stands for any.
-    """
-    return [
-        number
-        for number in _numbers()
-        if number.method == method and model in (None, number.model) and task in (None, number.task)
-    ]
+    """What is published of a method, in the order of the tables; [] if nothing is. A model or task
+    of None stands for any."""
+    of_method = [number for number in _numbers() if number.method == method]
+    return [n for n in of_method if model in (None, n.model) and task in (None, n.task)]

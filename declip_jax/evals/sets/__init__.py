@@ -74,11 +74,7 @@ class EvalSet:
 
 @functools.cache
 def get(name: str) -> EvalSet:
-    """A set of NAMES or RETRIEVAL.
-
-    Raises:
-      ValueError: there is none of that name.
-    """
+    """A set of NAMES or RETRIEVAL. Raises ValueError if there is none of that name."""
     known = (*NAMES, *RETRIEVAL)
     if name not in known:
         hint = did_you_mean(name, known)
@@ -191,14 +187,10 @@ def _find(known: EvalSet, data_dir: str) -> str:
     message = f"{known.name} is not on this machine: there is no {', '.join(places)}"
     advice = f"Put it into {folders[0]}, or name its place as the source"
     if known.tfds:
-        message += (
-            f", and no TFDS data set {known.tfds} in {data_dir}, $TFDS_DATA_DIR or "
-            "~/tensorflow_datasets"
-        )
-        advice += (
-            f"; tfds build {known.tfds} --file_format=array_record --data_dir={data_dir} writes "
-            "it, where TensorFlow is installed"
-        )
+        elsewhere = f"{data_dir}, $TFDS_DATA_DIR or ~/tensorflow_datasets"
+        message += f", and no TFDS data set {known.tfds} in {elsewhere}"
+        build = f"tfds build {known.tfds} --file_format=array_record --data_dir={data_dir}"
+        advice += f"; {build} writes it, where TensorFlow is installed"
     raise Absent(f"{message}. {advice}.")
 
 
@@ -215,12 +207,9 @@ def _written_by_tfds(name: str, **where: str) -> str:
 
 def _has_labels_alone(place: str) -> bool:
     """Whether it is a TFDS directory without captions."""
-    if not _is_tfds(place):
-        return False
-    try:
-        return "captions" not in _tfds_info(place).features
-    except Exception:  # of several kinds, which `open_source` tells about
-        return False
+    with contextlib.suppress(Exception):  # of several kinds, which `open_source` tells about
+        return _is_tfds(place) and "captions" not in _tfds_info(place).features
+    return False
 
 
 def _is_tfds(place: str) -> bool:
@@ -250,11 +239,10 @@ def _has_split(place: str, word: str) -> bool:
         return re.search(r"\.(tar|parquet)\}?$", place) is None
     inside = os.path.join(path, word)
     if fs.isdir(inside):
-        entries = fs.ls(inside, detail=True)
         # A class can be called like a split, as the trains of CIFAR-100: it has images.
         return any(
             entry["type"] == "directory" or entry["name"].endswith((".tar", ".parquet"))
-            for entry in entries
+            for entry in fs.ls(inside, detail=True)
         )
     names = map(os.path.basename, fs.ls(path, detail=False))
     return any(re.match(rf"{word}-\d+-of-\d+", name) for name in names)
