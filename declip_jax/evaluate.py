@@ -109,13 +109,9 @@ def load(args: argparse.Namespace) -> "Trained":
     if not args.init:
         return trained.load(args.workdir, args.step, args.preprocess)
     args.workdir = args.workdir or Path("runs") / trained.name_of(Path(args.init))
-    imported = trained.Imported(
-        str(Path(args.init).absolute()),
-        args.init_format or "",
-        args.image_size or 0,
-        args.context or 0,
-        args.preprocess or "",
-    )
+    sizes = args.image_size or 0, args.context or 0
+    given = args.init_format or "", *sizes, args.preprocess or ""
+    imported = trained.Imported(str(Path(args.init).absolute()), *given)
     model = trained.load_imported(imported)
     imported._replace(digest=model.digest).keep(args.workdir)
     return model

@@ -26,7 +26,7 @@ def export(
     Args:
       model: with known mean, std and short side.
       format: one of FORMATS.
-      output: does not exist, or is an empty folder.
+      output: a folder that does not exist, or is empty.
       notes: where the model comes from.
 
     Returns:
@@ -72,13 +72,13 @@ def check(
     if model.model["text"]["eot_id"] == CLIP_TOKENIZER.end:  # else it had another tokenizer
         kinds[f"{data} {split}"] = _real_inputs(model, data, split)
     found = {}
-    for kind, (pixels, tokens) in kinds.items():
+    for kind, inputs in kinds.items():
         try:
-            other = verify.theirs(folder, format, pixels, tokens)
+            other = verify.theirs(folder, format, *inputs)
         except verify.NotInstalled as error:
             print(f"Not compared: {error}")
             return
-        found[kind] = verify.differences(verify.ours(model, pixels, tokens), other)
+        found[kind] = verify.differences(verify.ours(model, *inputs), other)
     print(f"Largest difference to {verify.version(format)}, of unit features and, of logits,")
     print("as a share of the largest logit:")
     width = max(map(len, kinds))

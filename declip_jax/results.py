@@ -80,9 +80,7 @@ def read_results(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def keep(
-    workdir: Path, step: int, checkpoint: str, found: Found, absent: list[dict[str, str]]
-) -> None:
+def keep(workdir: Path, step: int, checkpoint: str, found: Found, absent: list[dict]) -> None:
     """Writes down what was found during training, so that nothing is scored twice.
 
     Args:

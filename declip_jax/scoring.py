@@ -38,15 +38,14 @@ def score(
     for entry in entries:  # mistakes show before the long work
         try:
             tasks.append(suite.task_of(entry, common))
-        except sets.Absent as error:
-            if len(entries) == 1:
-                raise
-            absent.append(suite.missing(entry, error))
         except ValueError as error:
             if len(entries) == 1:
                 raise
-            where = entry.get("set") or entry.get("source")
-            failed.append(f"{entry.get('task')} on {where}: {error}")
+            if isinstance(error, sets.Absent):
+                absent.append(dict(set=entry["set"], task=entry["task"], why=str(error)))
+            else:
+                where = entry.get("set") or entry.get("source")
+                failed.append(f"{entry.get('task')} on {where}: {error}")
     if absent:
         results.set_absent(absent)
         names = ", ".join(dict.fromkeys(one["set"] for one in absent))

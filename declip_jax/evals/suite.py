@@ -101,6 +101,7 @@ class Task:
         return source
 
     def open_labeled(self, split: str) -> Source:
+        """`open`, of what must have classes."""
         source = self.open(split)
         if not source.class_names:
             raise ValueError(
@@ -383,11 +384,6 @@ def entries_of(section: Eval) -> list[dict[str, Any]]:
     return sources + (suites.load(section.suite) if section.suite else [])
 
 
-def missing(entry: Mapping[str, Any], error: sets.Absent) -> dict[str, str]:
-    """What `Results` keeps of an entry whose data are absent."""
-    return dict(set=entry["set"], task=entry["task"], why=str(error))
-
-
 def build(section: Eval, common: Shared) -> tuple[list[Task], list[dict[str, str]]]:
     """The tasks that `config.eval` asks for during training.
 
@@ -400,7 +396,7 @@ def build(section: Eval, common: Shared) -> tuple[list[Task], list[dict[str, str
         try:
             task = task_of(entry, common)
         except sets.Absent as error:
-            absent.append(missing(entry, error))
+            absent.append(dict(set=entry["set"], task=entry["task"], why=str(error)))
         else:
             if number < own:
                 task.name = task.task  # there is one of each

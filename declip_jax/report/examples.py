@@ -53,11 +53,9 @@ def gallery(trained: Trained, images: int, captions: int) -> list[tuple[str, lis
         source = open_source(settings.source, settings.split)
     else:
         source = open_data(trained.config.data)
-    pixels, captions_of = [], []
-    for batch in eval_images(source, **trained.shared.reading, most=images):
-        pixels.append(batch["image"])
-        captions_of.extend(batch["captions"])
-    pixels = np.concatenate(pixels)
+    batches = list(eval_images(source, **trained.shared.reading, most=images))
+    pixels = np.concatenate([batch["image"] for batch in batches])
+    captions_of = [captions for batch in batches for captions in batch["captions"]]
     # Captions made of class names are those of many images: each is shown once, and is right for
     # all of them.
     texts = list(dict.fromkeys(own[-1] for own in captions_of))

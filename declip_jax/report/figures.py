@@ -71,11 +71,11 @@ def curves(runs: Sequence[Run]) -> str:
 def bars(scores: Scores) -> str:
     """Scores in per cent: for each row of the table beside, which tells the colors, its bars."""
     rows = [row for row in scores.rows if any(row in one.values for one in scores.series)]
-    bars, ticks = [{} for _ in scores.series], {}  # values by place; labels by place
+    lengths, ticks = [{} for _ in scores.series], {}  # values by place; labels by place
     place = 0.0  # of the next bar; rows have as many as they need
     for row in rows:
         first = place
-        for one, values in zip(scores.series, bars, strict=True):
+        for one, values in zip(scores.series, lengths, strict=True):
             if row in one.values:
                 values[place] = one.values[row]
                 place += 1
@@ -83,7 +83,7 @@ def bars(scores: Scores) -> str:
         ticks[(first + place - 1) / 2] = html.escape(scores.rows[row] + several) + "  "
         place += 0.6
     figure = go.Figure()
-    for one, values in zip(scores.series, bars, strict=True):
+    for one, values in zip(scores.series, lengths, strict=True):
         figure.add_bar(
             y=list(values),
             x=list(values.values()),

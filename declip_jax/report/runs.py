@@ -98,11 +98,8 @@ class Run(NamedTuple):
 
 
 def load_runs(workdirs: Sequence[Path]) -> list[Run]:
-    """Reads runs and their newest models.
-
-    Raises:
-      ValueError: a workdir that is named twice, or without checkpoints or metrics.
-    """
+    """Reads runs and their newest models. Raises ValueError for a workdir that is named twice, or
+    has no checkpoints or metrics."""
     paths = [workdir.resolve() for workdir in workdirs]
     for path in paths:
         if paths.count(path) > 1:

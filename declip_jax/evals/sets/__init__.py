@@ -264,11 +264,9 @@ class _SetSource(Source):
         self._source, self._set, self._part = source, known.name, part
         self._labels = _labels(source, known)
         self.class_names, self.files = known.class_names, source.files
-        self._indices = np.arange(len(source))
-        if part:
-            validation = held_out(len(source))
-            rest = np.delete(self._indices, validation)
-            self._indices = validation if part == "validation" else rest
+        indices, validation = np.arange(len(source)), held_out(len(source))
+        parts = {"": indices, "validation": validation, "train": np.delete(indices, validation)}
+        self._indices = parts[part]
 
     def __str__(self) -> str:
         return f"{self._set} ({self._part + ' of ' if self._part else ''}{self._source})"
