@@ -213,9 +213,8 @@ class Save(Part):
             self._save(now)
 
     def _save(self, now: Moment) -> None:
-        now.checkpoint = self.checkpoints.save(
-            now.state, now.samples, self.data, self.config, now.scores
-        )
+        run = self.data, self.config
+        now.checkpoint = self.checkpoints.save(now.state, now.samples, *run, now.scores)
         self.saved = now.step
 
     def close(self) -> None:

@@ -3,17 +3,17 @@
 import contextlib
 import itertools
 import textwrap
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from declip_jax.augment import augment
 from declip_jax.data.image import decode
 from declip_jax.data.order import Order
-from declip_jax.data.sources import Source, open_data
+from declip_jax.data.sources import open_data
+from declip_jax.data.sources.part import Part
 from declip_jax.data.tokenizer import CLIP_TOKENIZER
 from declip_jax.step import Setup
 
@@ -23,38 +23,12 @@ LINE, LETTER = 17, 8.5
 
 
 class Sample(NamedTuple):
-    """A sample of the training data, its views drawn several times.
+    """A sample of the training data, its views drawn several times."""
 
-    Attributes:
-      key: of the record.
-      original: uint8 [H, W, 3], as decoded.
-      images: float [draws, V, R, R, 3] in 0..1: all but normalized.
-      texts: for each draw the pairs of title and text, see `read_texts`.
-    """
-
-    key: str
-    original: np.ndarray
-    images: np.ndarray
-    texts: list[list[tuple[str, str]]]
-
-
-class OneRecord(Source):
-    """A source of one record of another: the same sample over and over."""
-
-    def __init__(self, source: Source, index: int):
-        self._source, self._index = source, index
-
-    def __str__(self) -> str:
-        return f"record {self._index} of {self._source}"
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._source[self._index]
-
-    def locate(self, index: int) -> str:
-        return self._source.locate(self._index)
+    key: str  # of the record
+    original: np.ndarray  # uint8 [H, W, 3], as decoded
+    images: np.ndarray  # float [draws, V, R, R, 3] in 0..1: all but normalized
+    texts: list[list[tuple[str, str]]]  # for each draw pairs of title and text, see `read_texts`
 
 
 def draw_samples(setup: Setup, records: int, draws: int) -> list[Sample]:
@@ -70,11 +44,10 @@ def draw_samples(setup: Setup, records: int, draws: int) -> list[Sample]:
     # The order of train_batches. What is drawn for a sample depends on its number alone, so that of
     # a source with one record starts at this number too.
     order = Order(source, config.seed)
-    rows = [OneRecord(source, order[number]) for number in range(records)]
-    batches = []
+    chosen = [order[number] for number in range(records)]
+    rows, batches = [Part(source, index, index + 1) for index in chosen], []
     for number, row in enumerate(rows):
-        stream = setup.batches(row, start_sample=number, batch_size=draws)
-        with contextlib.closing(stream):
+        with contextlib.closing(setup.batches(row, number, batch_size=draws)) as stream:
             batches.append(next(stream))
 
     # The keys of make_init and make_train_step, for as many steps as there are draws.
@@ -82,19 +55,13 @@ def draw_samples(setup: Setup, records: int, draws: int) -> list[Sample]:
     keys = [jax.random.split(jax.random.fold_in(rng, step))[0] for step in range(draws)]
     views = [config.views[name] for name in names.image]
     augment_draw = jax.jit(lambda key, images: augment(key, images, views, mean=0.0, std=1.0))
-    images = [  # draws × [records, V, R, R, 3]
-        augment_draw(key, np.stack([batch["image"][draw] for batch in batches]))
-        for draw, key in enumerate(keys)
-    ]
-    return [
-        Sample(
-            key=row[0]["key"],
-            original=decode(row[0]["image"]),
-            images=pixels,
-            texts=[read_texts(batch, draw, names.text) for draw in range(draws)],
-        )
-        for row, batch, pixels in zip(rows, batches, np.stack(images, axis=1), strict=True)
-    ]
+    images = np.stack([batch["image"] for batch in batches], axis=1)  # [draws, records, V, R, R, 3]
+    drawn = np.stack([augment_draw(*one) for one in zip(keys, images, strict=True)], axis=1)
+    samples = []
+    for row, batch, pixels in zip(rows, batches, drawn, strict=True):
+        texts = [read_texts(batch, draw, names.text) for draw in range(draws)]
+        samples.append(Sample(row[0]["key"], decode(row[0]["image"]), pixels, texts))
+    return samples
 
 
 def read_texts(batch: dict[str, np.ndarray], row: int, names: tuple[str, ...]) -> list:
@@ -116,7 +83,7 @@ def draw_page(samples: list[Sample], titles: list[str], out: str) -> None:
     Args:
       samples: see `draw_samples`; texts may not fit beside more than five image views.
       titles: V + 1, of the image views and of the texts: a name, and lines below it.
-      out: where to write.
+      out: the file.
     """
     draws, views = samples[0].images.shape[:2]
     header = 50 + LINE * max(title.count("\n") + 1 for title in titles)
@@ -131,10 +98,8 @@ def draw_page(samples: list[Sample], titles: list[str], out: str) -> None:
         figure.text(*place(left, top), text, va="top", parse_math=False, **style)
 
     def show(left: float, top: float, pixels: np.ndarray) -> None:
-        axes: Axes = figure.add_axes(
-            (*place(left, top + CELL), CELL / WIDTH, CELL / height), xticks=[], yticks=[]
-        )
-        axes.imshow(pixels)
+        box = *place(left, top + CELL), CELL / WIDTH, CELL / height
+        figure.add_axes(box, xticks=[], yticks=[]).imshow(pixels)
 
     lefts = [GAP + column * (CELL + GAP) for column in range(views + 2)]
     for left, title in zip(lefts, ["original", *titles], strict=True):
@@ -167,26 +132,19 @@ def image_title(name: str, view) -> str:
     def span(low_high) -> str:
         return "{:.3g}–{:.3g}".format(*low_high)
 
+    operations = {
+        "flip": view.flip,
+        f"jitter {'/'.join(map(str, view.jitter))}": view.jitter_prob,
+        "gray": view.grayscale_prob,
+        f"blur σ {span(view.blur_sigma)}": view.blur_prob,
+    }
     lines = [name, f"crop {span(view.crop_scale)}, ratio {span(view.crop_ratio)}"]
-    if view.flip:
-        lines.append(f"flip p {view.flip}")
-    if view.jitter_prob:
-        lines.append(f"jitter {'/'.join(map(str, view.jitter))} p {view.jitter_prob}")
-    if view.grayscale_prob:
-        lines.append(f"gray p {view.grayscale_prob}")
-    if view.blur_prob:
-        lines.append(f"blur σ {span(view.blur_sigma)} p {view.blur_prob}")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"{what} p {p}" for what, p in operations.items() if p])
 
 
 def text_title(names: tuple[str, ...], context: int, data) -> str:
-    """The text views, and a line for each thing that is done to them.
-
-    Args:
-      names: of the views.
-      context: most tokens of a text.
-      data: section of the configuration.
-    """
+    """The text views, of `context` tokens at most, and a line for each thing that is done to them
+    by `config.data`."""
     lines = ["text, as the model reads it", f"at most {context} tokens"]
     if "masked" in names:
         lines.append(f"masked: each token p {data.mask_rate}")

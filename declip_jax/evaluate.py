@@ -40,15 +40,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m declip_j
     print(f"Loading {args.init or args.workdir} …", file=sys.stderr, flush=True)
     with mistakes_in_a_line():
         # After the flags: --help need not wait for JAX.
-        from declip_jax import scoring
         from declip_jax.metrics import silence_alarms
+        from declip_jax.scoring import score
 
         silence_alarms()
         trained = load(args)
         entries, data_dir = entries_of(args, trained), args.data_dir or trained.eval.data_dir
-        results, failed = scoring.score(
-            trained, args.workdir, entries, data_dir=data_dir, again=args.again
-        )
+        scored = trained, args.workdir, entries
+        results, failed = score(*scored, data_dir=data_dir, again=args.again)
     tell(args, trained.step, results)
     if failed:
         sys.exit("error: " + "\nerror: ".join(failed))
@@ -110,13 +109,9 @@ def load(args: argparse.Namespace) -> "Trained":
     if not args.init:
         return trained.load(args.workdir, args.step, args.preprocess)
     args.workdir = args.workdir or Path("runs") / trained.name_of(Path(args.init))
-    imported = trained.Imported(
-        str(Path(args.init).absolute()),
-        args.init_format or "",
-        args.image_size or 0,
-        args.context or 0,
-        args.preprocess or "",
-    )
+    sizes = args.image_size or 0, args.context or 0
+    given = args.init_format or "", *sizes, args.preprocess or ""
+    imported = trained.Imported(str(Path(args.init).absolute()), *given)
     model = trained.load_imported(imported)
     imported._replace(digest=model.digest).keep(args.workdir)
     return model

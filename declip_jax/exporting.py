@@ -26,7 +26,7 @@ def export(
     Args:
       model: with known mean, std and short side.
       format: one of FORMATS.
-      output: does not exist, or is an empty folder.
+      output: a folder that does not exist, or is empty.
       notes: where the model comes from.
 
     Returns:
@@ -56,10 +56,7 @@ def check(
     """Prints how an exported folder compares with the model it was written from.
 
     Args:
-      model: before it was adapted to the format.
-      written: as it was written.
-      format: of the folder.
-      folder: what `export` wrote.
+      model, written: before it was adapted to the format, and as `export` wrote it to `folder`.
       data, split: where to take real images and captions from.
 
     Raises:
@@ -75,13 +72,13 @@ def check(
     if model.model["text"]["eot_id"] == CLIP_TOKENIZER.end:  # else it had another tokenizer
         kinds[f"{data} {split}"] = _real_inputs(model, data, split)
     found = {}
-    for kind, (pixels, tokens) in kinds.items():
+    for kind, inputs in kinds.items():
         try:
-            other = verify.theirs(folder, format, pixels, tokens)
+            other = verify.theirs(folder, format, *inputs)
         except verify.NotInstalled as error:
             print(f"Not compared: {error}")
             return
-        found[kind] = verify.differences(verify.ours(model, pixels, tokens), other)
+        found[kind] = verify.differences(verify.ours(model, *inputs), other)
     print(f"Largest difference to {verify.version(format)}, of unit features and, of logits,")
     print("as a share of the largest logit:")
     width = max(map(len, kinds))
@@ -94,11 +91,8 @@ def check(
 
 def _random_inputs(model: Pretrained) -> tuple[np.ndarray, np.ndarray]:
     """float32 [N, H, W, 3], int32 [N, L]."""
-    rng, size, text = (
-        np.random.default_rng(0),
-        model.model["image"]["resolution"],
-        model.model["text"],
-    )
+    size, text = model.model["image"]["resolution"], model.model["text"]
+    rng = np.random.default_rng(0)
     pixels = rng.normal(size=(_IMAGES, size, size, 3)).astype(np.float32)
     tokens = np.zeros((_IMAGES, text["context"]), np.int32)
     for row, length in zip(tokens, rng.integers(1, text["context"], _IMAGES), strict=True):
@@ -113,9 +107,8 @@ def _real_inputs(model: Pretrained, data: str, split: str) -> tuple[np.ndarray, 
     reading = dict(resolution=size, resize=model.short_side, batch_size=_IMAGES, most=_IMAGES)
     batch = next(iter(eval_images(source, **reading)))
     pixels = (batch["image"] / np.float32(255) - np.float32(model.mean)) / np.float32(model.std)
-    tokens = CLIP_TOKENIZER.encode(
-        [captions[0] for captions in batch["captions"]], model.model["text"]["context"]
-    )
+    first = [captions[0] for captions in batch["captions"]]
+    tokens = CLIP_TOKENIZER.encode(first, model.model["text"]["context"])
     return pixels.astype(np.float32), tokens
 
 

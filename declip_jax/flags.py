@@ -102,12 +102,8 @@ def _renamed(argument: str) -> str:
 
 @contextlib.contextmanager
 def mistakes_in_a_line(stopped: str = "Stopped.", hint: str = "") -> Iterator[None]:
-    """Ends the process without a trace for what its user did, or can mend.
-
-    Args:
-      stopped: what is said after Ctrl-C.
-      hint: what is said below an error.
-    """
+    """Ends the process without a trace for what its user did, or can mend: with `stopped` after
+    Ctrl-C, or the error and the `hint` below it."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,6 +1,5 @@
 """What a new run starts from: the model of another run, or of another program's file."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +17,8 @@ from declip_jax.trained import read
 def start(setup: Setup, say: Callable[[str], Any]) -> TrainState:
     """A run's first state with the model that `config.init_from` names.
 
-    Args:
-      setup: of the run.
-      say: is told what was taken, and what was not.
-
-    Raises:
-      ValueError: a file that cannot be used, or another model.
+    `say` is told what was taken, and what was not. Raises ValueError for a file that cannot be
+    used, or another model.
     """
     config = setup.config
     given = read(config.init_from)
@@ -44,8 +39,7 @@ def start(setup: Setup, say: Callable[[str], Any]) -> TrainState:
 
     def place(value: np.ndarray, leaf: jax.Array) -> jax.Array:
         if value.shape == leaf.shape:
-            index = functools.partial(np.ndarray.__getitem__, value)
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, index)
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: value[at])
         # The first rows, of tokens. By a program, since other processes may hold other parts.
         put = jax.jit(
             lambda leaf, rows: leaf.at[: len(rows)].set(rows), out_shardings=leaf.sharding

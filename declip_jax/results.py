@@ -16,23 +16,14 @@ class Results:
     """What has been scored of one checkpoint; written after each task, so that nothing is lost.
 
     `WORKDIR/evaluations/step_N.json` holds {"workdir", "step", "checkpoint", "results", "absent"},
-    step_N.csv a line a metric. Results of another checkpoint with the same number are moved aside.
-
-    Args:
-      workdir: of the run.
-      step: of the checkpoint.
-      checkpoint: its digest.
+    step_N.csv a line a metric. "checkpoint" is a digest: results of another one with the same
+    number are moved aside.
     """
 
     def __init__(self, workdir: Path, step: int, checkpoint: str):
         self.path = workdir / "evaluations" / f"step_{step}.json"
-        self._all: dict[str, Any] = {
-            "workdir": str(workdir),
-            "step": step,
-            "checkpoint": checkpoint,
-            "results": [],
-            "absent": [],
-        }
+        self._all: dict[str, Any] = dict(workdir=str(workdir), step=step, checkpoint=checkpoint)
+        self._all |= {"results": [], "absent": []}
         if self.path.exists():
             before = read_results(self.path)
             if before["checkpoint"] == checkpoint:
@@ -78,11 +69,7 @@ class Results:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What `Results` wrote.
-
-    Raises:
-      ValueError: another kind of file.
-    """
+    """What `Results` wrote. Raises ValueError for another kind of file."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
         read["results"] = [r | {"settings": renamed(r["settings"])} for r in read["results"]]
@@ -93,15 +80,11 @@ def read_results(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def keep(
-    workdir: Path, step: int, checkpoint: str, found: Found, absent: list[dict[str, str]]
-) -> None:
+def keep(workdir: Path, step: int, checkpoint: str, found: Found, absent: list[dict]) -> None:
     """Writes down what was found during training, so that nothing is scored twice.
 
     Args:
-      workdir: of the run.
-      step: of the checkpoint that was saved of this model.
-      checkpoint: its digest.
+      workdir, step, checkpoint: as for `Results`.
       found: of `suite.run`: of an evaluation that was interrupted, the tasks that were finished.
       absent: of `suite.build`.
 

@@ -25,7 +25,7 @@ def score(
     Args:
       trained: the model.
       workdir: of its run.
-      entries: of a suite.
+      entries: of a suite; one alone raises what else would be a line of what failed.
       data_dir: where known sets are; "": where `config.eval.data_dir` says.
       again: compute everything, also what has been scored or is in the cache.
 
@@ -38,31 +38,25 @@ def score(
     for entry in entries:  # mistakes show before the long work
         try:
             tasks.append(suite.task_of(entry, common))
-        except sets.Absent as error:
-            if len(entries) == 1:
-                raise
-            absent.append(dict(set=entry["set"], task=entry["task"], why=str(error)))
         except ValueError as error:
             if len(entries) == 1:
                 raise
-            failed.append(
-                f"{entry.get('task')} on {entry.get('set') or entry.get('source')}: {error}"
-            )
+            if isinstance(error, sets.Absent):
+                absent.append(dict(set=entry["set"], task=entry["task"], why=str(error)))
+            else:
+                where = entry.get("set") or entry.get("source")
+                failed.append(f"{entry.get('task')} on {where}: {error}")
     if absent:
         results.set_absent(absent)
-        names = list(dict.fromkeys(one["set"] for one in absent))
-        print(
-            f"Not on this machine: {', '.join(names)}. {results.path} says where each was looked "
-            "for.",
-            file=sys.stderr,
-        )
+        names = ", ".join(dict.fromkeys(one["set"] for one in absent))
+        where = f"{results.path} says where each was looked for."
+        print(f"Not on this machine: {names}. {where}", file=sys.stderr)
     cache = Cache(None if again else workdir / "evaluations" / "cache", trained.digest)
     found, started = [], time.perf_counter()
     for number, task in enumerate(tasks, 1):
         identity = results.identity(task.identity())
-        result = None if again else results.find(identity)
-        known = result is not None
-        if not known:
+        result, took = None if again else results.find(identity), "scored before"
+        if result is None:
             try:
                 result = suite.score(task, trained.encoder, cache) | {"id": identity}
             except (ValueError, OSError) as error:
@@ -71,13 +65,11 @@ def score(
                 failed.append(f"{task.name}: {error}")
                 continue
             results.add(result)
+            took = f"{result['seconds']:.1f} s"
         found.append(result)
-        left = (time.perf_counter() - started) / number * (len(tasks) - number)
-        print(
-            f"[{number}/{len(tasks)}] {task.name}: {result['metric']} "
-            f"{100 * result['metrics'][result['metric']]:.2f} %, "
-            + ("scored before" if known else f"{result['seconds']:.1f} s")
-            + (f", about {duration(left)} left" if number < len(tasks) else ""),
-            file=sys.stderr,
-        )
+        if number < len(tasks):
+            left = (time.perf_counter() - started) / number * (len(tasks) - number)
+            took += f", about {duration(left)} left"
+        score = f"{result['metric']} {100 * result['metrics'][result['metric']]:.2f} %"
+        print(f"[{number}/{len(tasks)}] {task.name}: {score}, {took}", file=sys.stderr)
     return found, failed

@@ -14,26 +14,19 @@ from declip_jax.data.sources import Source, open_data
 from declip_jax.step import Setup
 
 
-def measure(
-    setup: Setup, seconds: float, batch_size: int, say: Callable[[str], None] = print
-) -> None:
-    """Says how fast batches come, and what each pair costs one thread.
+def measure(setup: Setup, seconds: float, batch_size: int, say: Callable = print) -> None:
+    """Says, in lines, how fast batches come, and what each pair costs one thread.
 
-    Args:
-      setup: of the run.
-      seconds: how long to measure.
-      batch_size: of what is read, whatever the method is built for.
-      say: is told.
-
-    Raises:
-      ValueError: the configuration or the data cannot be used.
+    `batch_size` is that of what is read, whatever the method is built for. Raises ValueError if the
+    configuration or the data cannot be used.
     """
     config = setup.config
     source = open_data(config.data)
     views = [config.views[name] for name in setup.method.views.image]
+    resolution = config.model.image.resolution
     say(f"{source}: {len(source):,} records")
     say(
-        f"{config.method}: {len(views)} image views of {config.model.image.resolution} pixels, "
+        f"{config.method}: {len(views)} image views of {resolution} pixels, "
         f"text views {', '.join(setup.method.views.text)}; batches of {batch_size}, "
         f"config.data.workers={config.data.workers}, threads={config.data.threads}, "
         f"{cores()} cores"
@@ -58,11 +51,9 @@ def measure(
     say(f"encoded images   {rate * metrics['data/image_bytes'] / 1e6:10,.1f} MB/s")
     say(f"bad records      {100 * metrics['data/bad_share']:10.2f} %")
 
-    reading, decoding = one_thread(
-        source, views, config.model.image.resolution, config.seed, min(seconds, 10.0)
-    )
-    say(f"a pair, one thread: reading {1e6 * reading:,.0f} us, decoding and cropping "
-        f"{1e6 * decoding:,.0f} us")  # fmt: skip
+    reading, decoding = one_thread(source, views, resolution, config.seed, min(seconds, 10.0))
+    each = f"reading {1e6 * reading:,.0f} us, decoding and cropping {1e6 * decoding:,.0f} us"
+    say(f"a pair, one thread: {each}")
 
 
 def one_thread(

@@ -1,5 +1,6 @@
 """Models that were trained, read back: those of runs, and of other programs' files."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,7 +16,7 @@ from declip_jax.config import Config
 from declip_jax.encode import Encoder
 from declip_jax.evals import suite
 from declip_jax.evals.options import Eval, Retrieval, Zeroshot
-from declip_jax.evals.preprocess import CLIP, IMAGENET, preprocess
+from declip_jax.evals.preprocess import CLIP, Preprocess, preprocess
 from declip_jax.files import write_text
 from declip_jax.interop import pretrained
 from declip_jax.interop.architecture import config_of
@@ -40,11 +41,8 @@ class OfRun(NamedTuple):
 
 
 def read(path: str | Path, format: str = "") -> Pretrained:
-    """Reads the newest model of a run's workdir, or what `interop.pretrained.read` does.
-
-    Raises:
-      ValueError: nothing there that can be used.
-    """
+    """Reads the newest model of a run's workdir, or what `interop.pretrained.read` does. Raises
+    ValueError if nothing there can be used."""
     path = Path(path)
     if (path / "checkpoints").is_dir():
         if format:
@@ -57,45 +55,31 @@ def read_run(workdir: Path, step: str = "newest", ema: bool | None = None) -> Of
     """Reads a model from a run's checkpoint, without its optimizer.
 
     Args:
-      workdir: of the run.
-      step: a number, "newest" or "best".
+      workdir, step: as for `load`.
       ema: the moving average of its parameters; None: if there is one.
 
     Raises:
       ValueError: no workdir, no such checkpoint, a damaged one.
     """
-    checkpoints = Checkpoints.of_run(workdir)
-    try:
+    with contextlib.closing(Checkpoints.of_run(workdir)) as checkpoints:
         chosen = checkpoints.find(step)
         record = checkpoints.record(chosen)
         variables = checkpoints.restore_model(chosen, ema)
-    finally:
-        checkpoints.close()
     # The first runs of all had no protocol: their models' images are resized to the crop.
     usual = None if "preprocess" in record["config"]["eval"] else "train"
     config = Config.recorded(record["config"], str(workdir), usual)
-    model = config.model.as_dict()
-    model = Pretrained(
-        workdir,
-        "declip_jax",
-        config.method,
-        None,
-        variables,
-        {name: model[name] for name in ("embed_dim", "activation", "image", "text")},
-        unknown=(),
-        mean=config.image_mean,
-        std=config.image_std,
-        short_side=config.preprocess.short_side,
-    )
+    sizes = config.model.as_dict()
+    sizes = {name: sizes[name] for name in ("embed_dim", "activation", "image", "text")}
+    seen = dict(mean=config.image_mean, std=config.image_std)
+    seen["short_side"] = config.preprocess.short_side
+    told = workdir, "declip_jax", config.method, None
+    model = Pretrained(*told, variables, sizes, unknown=(), **seen)
     return OfRun(model, chosen, record["samples"], config)
 
 
 def complete(model: Pretrained) -> Pretrained:
     """A model with the preprocessing that its format usually has, where the file does not tell it.
-
-    Raises:
-      ValueError: the file does not tell the activation function either.
-    """
+    Raises ValueError if the file does not tell the activation function either."""
     if model.model["activation"] is None:
         raise ValueError(
             f"{model.source} does not tell the activation function: say whose file it is, with "
@@ -103,23 +87,21 @@ def complete(model: Pretrained) -> Pretrained:
             "open_clip_config.json."
         )
     resolution = model.model["image"]["resolution"]
-    usual = IMAGENET if model.format == "declip" else CLIP
-    side = round(resolution * 256 / 224) if model.format == "declip" else resolution
+    usual = preprocess("declip" if model.format == "declip" else "openai", resolution, *CLIP)
     return model._replace(
-        mean=model.mean or usual[0],
-        std=model.std or usual[1],
-        short_side=model.short_side or side,
+        mean=model.mean or usual.mean,
+        std=model.std or usual.std,
+        short_side=model.short_side or usual.short_side,
     )
 
 
 def protocol(model: Pretrained) -> str:
     """The `config.eval.preprocess` that a complete model's preprocessing is."""
-    side, resolution = model.short_side, model.model["image"]["resolution"]
-    if (model.mean, model.std) == CLIP and side == resolution:
-        return "openai"
-    if (model.mean, model.std) == IMAGENET and side == round(resolution * 256 / 224):
-        return "declip"
-    return "train" if side == resolution else "weights"
+    resolution = model.model["image"]["resolution"]
+    seen = Preprocess(model.short_side, resolution, model.mean, model.std)
+    known = ("openai", "declip", "train")
+    fits = (n for n in known if seen == preprocess(n, resolution, model.mean, model.std))
+    return next(fits, "weights")
 
 
 def name_of(path: Path) -> str:
@@ -132,31 +114,18 @@ def name_of(path: Path) -> str:
 
 
 class Trained(NamedTuple):
-    """A trained model, ready to encode.
+    """A trained model, ready to encode."""
 
-    Attributes:
-      method: that trained it.
-      model, eval: sections of the configuration.
-      shared: what its evaluations have in common.
-      encoder: in use of the model.
-      state: what was restored; of another program's weights it has their variables alone.
-      step: of the checkpoint, 0 of another program's weights.
-      digest: of its arrays.
-      record: of the checkpoint: samples seen, the configuration of the training (completed), …
-      setup: what it was restored into, with the run's configuration; None of another program's
-        weights.
-    """
-
-    method: str
-    model: Model
+    method: str  # that trained it
+    model: Model  # section of the configuration, as `eval` is
     eval: Eval
-    shared: suite.Shared
-    encoder: Encoder
-    state: TrainState
-    step: int
-    digest: str
-    record: dict[str, Any]
-    setup: Setup | None = None
+    shared: suite.Shared  # what its evaluations have in common
+    encoder: Encoder  # in use of the model
+    state: TrainState  # what was restored; of another program's weights their variables alone
+    step: int  # of the checkpoint, 0 of another program's weights
+    digest: str  # of its arrays
+    record: dict[str, Any]  # of the checkpoint: samples seen, its configuration (completed), …
+    setup: Setup | None = None  # what it was restored into; None of another program's weights
 
     @property
     def config(self) -> Config | None:
@@ -173,24 +142,20 @@ def load(workdir: Path, step: str = "newest", preprocess: str | None = None) -> 
       preprocess: in place of the run's `config.eval.preprocess`.
 
     Raises:
-      ValueError: no workdir, no checkpoint, or none of that step.
+      ValueError: no workdir, no such checkpoint, a damaged one.
     """
-    checkpoints = Checkpoints.of_run(workdir)
-    chosen = checkpoints.find(step)
-    record = checkpoints.record(chosen)
-    config = Config.recorded(record["config"], str(workdir), preprocess)
-    record["config"] = config.record()
-    # This machine's devices, not those of the training: as many as share its work evenly.
-    config = dataclasses.replace(
-        config,
-        mesh=MeshShape(data=-1, fsdp=1),
-        model=dataclasses.replace(config.model, attention="xla"),
-    )
-    sizes = {"eval.batch_size": config.eval.batch_size}
-    sizes["loss.support_set.size"] = config.loss.support_set.size
-    setup = Setup(config, _devices(sizes))
-    state = checkpoints.restore(chosen, setup.abstract_state)
-    checkpoints.close()
+    with contextlib.closing(Checkpoints.of_run(workdir)) as checkpoints:
+        chosen = checkpoints.find(step)
+        record = checkpoints.record(chosen)
+        config = Config.recorded(record["config"], str(workdir), preprocess)
+        record["config"] = config.record()
+        # This machine's devices, not those of the training: as many as share its work evenly.
+        model = dataclasses.replace(config.model, attention="xla")
+        config = dataclasses.replace(config, mesh=MeshShape(data=-1, fsdp=1), model=model)
+        sizes = {"eval.batch_size": config.eval.batch_size}
+        sizes["loss.support_set.size"] = config.loss.support_set.size
+        setup = Setup(config, _devices(sizes))
+        state = checkpoints.restore(chosen, setup.abstract_state)
     shared = suite.shared(config.eval, config.preprocess)
     encoder = Encoder(
         setup.method,
@@ -205,22 +170,14 @@ def load(workdir: Path, step: str = "newest", preprocess: str | None = None) -> 
 
 
 class Imported(NamedTuple):
-    """What of another program was evaluated in a workdir, as `WORKDIR/imported.json` keeps it.
+    """What of another program was evaluated in a workdir, as `WORKDIR/imported.json` keeps it."""
 
-    Attributes:
-      path: of the weights, or of a folder with them.
-      format: one of `interop.pretrained.FORMATS`; "": told by the names.
-      image_size, context: to fit the positions to; 0: the model's.
-      preprocess: in place of what goes with the weights.
-      digest: of the model, "" before it was read.
-    """
-
-    path: str
-    format: str = ""
-    image_size: int = 0
+    path: str  # of the weights, or of a folder with them
+    format: str = ""  # one of `interop.pretrained.FORMATS`; "": told by the names
+    image_size: int = 0  # to fit the positions to, as `context`; 0: the model's
     context: int = 0
-    preprocess: str = ""
-    digest: str = ""
+    preprocess: str = ""  # in place of what goes with the weights
+    digest: str = ""  # of the model, "" before it was read
 
     @classmethod
     def of(cls, workdir: Path) -> "Imported":
@@ -276,13 +233,13 @@ def load_imported(imported: Imported) -> Trained:
     if used == "weights":
         seen = seen._replace(short_side=model.short_side)
         used += f" ({model.short_side} px, mean {model.mean}, deviation {model.std})"
-    mesh = make_mesh(-1, 1, _devices({"eval.batch_size": evaluation.batch_size}))
+    batch_size = evaluation.batch_size
+    mesh = make_mesh(-1, 1, _devices({"eval.batch_size": batch_size}))
     kinds = jax.device_put(dict(model.variables), replicated(mesh))
     none = dict.fromkeys(("opt_state", "ema", "rng"))
     state = TrainState(step=0, params=kinds.pop("params"), model_state=kinds, **none)
-    encoder = Encoder(
-        encoders(two_towers(section)), seen, evaluation.batch_size, section.text.context, mesh
-    ).use(state.params, state.model_state)
+    encoder = Encoder(encoders(two_towers(section)), seen, batch_size, context, mesh)
+    encoder = encoder.use(state.params, state.model_state)
     told = dict(method=model.method, model=section.as_dict())
     told |= dict(image_mean=model.mean, image_std=model.std)
     record = {"samples": 0, "config": json.loads(json.dumps(told))}
@@ -291,18 +248,11 @@ def load_imported(imported: Imported) -> Trained:
 
 
 def _devices(sizes: dict[str, int]) -> list[jax.Device]:
-    """As many devices as share the work evenly.
-
-    Args:
-      sizes: that their number must divide, by the field of the config.
-    """
+    """As many devices as divide all of these sizes, fields of the configuration."""
     shares = math.gcd(*sizes.values())
     count = max(n for n in range(1, jax.device_count() + 1) if shares % n == 0)
     if count < jax.device_count():
-        print(
-            f"Using {count} of {jax.device_count()} devices: more do not divide "
-            + " and ".join(f"config.{name}={size}" for name, size in sizes.items())
-            + ".",
-            file=sys.stderr,
-        )
+        fields = " and ".join(f"config.{name}={size}" for name, size in sizes.items())
+        few = f"Using {count} of {jax.device_count()} devices"
+        print(f"{few}: more do not divide {fields}.", file=sys.stderr)
     return jax.devices()[:count]

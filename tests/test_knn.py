@@ -62,7 +62,7 @@ def test_refuses_what_cannot_be_classified():
         run(test_labels=labels[:2])
     with pytest.raises(ValueError, match="test: features are not finite"):
         run(test=train * np.nan)
-    with pytest.raises(ValueError, match="widths: 3 and 2"):
+    with pytest.raises(ValueError, match="train, test have different widths: 3, 2"):
         run(test=train[:, :2])
     with pytest.raises(ValueError, match="neighbors=0"):
         run(neighbors=0)

@@ -49,18 +49,26 @@ def accuracies(
     return metrics, confusion
 
 
-def check_features(name: str, features: np.ndarray, labels: np.ndarray, classes: int) -> None:
-    """Raises ValueError unless there are finite features [N, D] with labels int [N] in [0, C)."""
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
+def check_splits(classes: int, **splits: tuple[np.ndarray, np.ndarray]) -> None:
+    """Raises ValueError unless all have finite features [N, D], D in common, and labels int [N] in
+    [0, C)."""
+    for name, (features, labels) in splits.items():
+        if features.ndim != 2 or labels.shape != features.shape[:1]:
+            raise ValueError(
+                f"{name}: expected features [N, D] and labels [N], got {features.shape} and "
+                f"{labels.shape}"
+            )
+        if not len(features):
+            raise ValueError(f"{name}: no features; the split is empty")
+        _check_labels(labels, classes, f"{name}: ")
+        if not np.isfinite(features).all():
+            raise ValueError(f"{name}: features are not finite: the model has diverged")
+    widths = [features.shape[1] for features, _ in splits.values()]
+    if len(set(widths)) > 1:
         raise ValueError(
-            f"{name}: expected features [N, D] and labels [N], got {features.shape} and "
-            f"{labels.shape}"
+            f"the features of {', '.join(splits)} have different widths: "
+            f"{', '.join(map(str, widths))}"
         )
-    if not len(features):
-        raise ValueError(f"{name}: no features; the split is empty")
-    _check_labels(labels, classes, f"{name}: ")
-    if not np.isfinite(features).all():
-        raise ValueError(f"{name}: features are not finite: the model has diverged")
 
 
 def _check_labels(labels: np.ndarray, classes: int, where: str = "") -> None:

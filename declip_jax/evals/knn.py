@@ -7,7 +7,7 @@ Wu et al. 2018, https://arxiv.org/abs/1805.01978, section 3.4, with the k = 20 o
 import numpy as np
 from jax.sharding import Mesh
 
-from declip_jax.evals.classification import accuracies, check_features
+from declip_jax.evals.classification import accuracies, check_splits
 from declip_jax.evals.retrieval import top_matches
 
 
@@ -42,12 +42,7 @@ def knn(
       ValueError: an empty split, shapes that do not fit, a label outside [0, C), features that are
       not finite, neighbors below 1 or a temperature that is not above 0.
     """
-    check_features("train", train, train_labels, classes)
-    check_features("test", test, test_labels, classes)
-    if train.shape[1] != test.shape[1]:
-        raise ValueError(
-            f"train and test features have different widths: {train.shape[1]} and {test.shape[1]}"
-        )
+    check_splits(classes, train=(train, train_labels), test=(test, test_labels))
     if neighbors < 1:
         raise ValueError(f"neighbors={neighbors}: expected at least one")
     if not temperature > 0:

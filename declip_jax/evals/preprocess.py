@@ -9,16 +9,11 @@ CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Preprocess(NamedTuple):
-    """Resize the short side, crop the square of the center, normalize.
+    """Resize the short side, crop the square of the center, normalize."""
 
-    Attributes:
-      short_side, resolution: pixels, before and after the crop.
-      mean, std: of the channels, of pixels in 0 … 1.
-    """
-
-    short_side: int
-    resolution: int
-    mean: Channels
+    short_side: int  # pixels
+    resolution: int  # after the crop
+    mean: Channels  # of pixels in 0 … 1
     std: Channels
 
 

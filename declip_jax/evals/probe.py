@@ -13,6 +13,7 @@ Features lie there whole, N · D · 4 bytes divided over the devices of the mesh
 million rows of 512 of ImageNet. Logits are made and dropped in blocks of `BLOCK` rows a device.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from declip_jax.evals.classification import accuracies, check_features
+from declip_jax.evals.classification import accuracies, check_splits
 
 GRID = 10.0 ** (np.arange(97) / 8 - 6)  # 1e-6 … 1e6 in 96 steps, eight a decade
 MAX_ITERATIONS = 1000
@@ -72,14 +73,9 @@ def linear_probe(
     # Examples to be validated on have weight 0 at first: one compiled program fits either way.
     both = np.ones(len(train) + len(validation), np.float32)
     alone = np.where(np.arange(len(both)) < len(train), both, 0)
-    strength, classifier = _sweep(
-        features,
-        labels,
-        put.rows(alone),
-        put.features(validation),
-        validation_labels,
-        put.zeros(classes),
-    )
+    examples = features, labels, put.rows(alone)
+    judges = put.features(validation), validation_labels
+    strength, classifier = _sweep(*examples, *judges, put.zeros(classes))
     classifier = fit(features, labels, put.rows(both), strength, classifier)
     metrics = _metrics(classifier, put.features(test), test_labels)
     return metrics | {"lambda": float(strength)}
@@ -138,16 +134,10 @@ def few_shot(
         labels = put.rows(train_labels[rows].astype(np.int32))
         held_out, held_out_place = _draw(validation_labels, 4, seed)
         for k in possible:
-            weights = put.rows((place < k).astype(np.float32))
+            examples = features, labels, put.rows((place < k).astype(np.float32))
             chosen = held_out[held_out_place < k]
-            _, classifier = _sweep(
-                features,
-                labels,
-                weights,
-                put.features(validation[chosen]),
-                validation_labels[chosen],
-                put.zeros(classes),
-            )
+            judges = put.features(validation[chosen]), validation_labels[chosen]
+            _, classifier = _sweep(*examples, *judges, put.zeros(classes))
             top1[k].append(_metrics(classifier, test_features, test_labels)["top1"])
     result = {}
     for k, values in top1.items():
@@ -157,13 +147,7 @@ def few_shot(
 
 
 @jax.jit
-def fit(
-    features: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array,
-    strength: jax.Array,
-    start: Classifier,
-) -> Classifier:
+def fit(features, labels, weights, strength, start: Classifier) -> Classifier:
     """Minimizes the objective of this module, which is convex, by L-BFGS.
 
     Args:
@@ -226,23 +210,17 @@ def _sweep(features, labels, weights, validation, validation_labels, start):
         top1 = _metrics(classifier, validation, validation_labels)["top1"]
         return (top1, -abs(index - middle), index), classifier
 
-    def score(tried):
-        return tried[0]
-
     middle = len(GRID) // 2
-    coarse = []
+    tried, classifier = [], start
     for index in range(len(GRID) - 1, -1, -16):
-        coarse.append(attempt(index, coarse[-1][1] if coarse else start))
-    best = max(coarse, key=score)
+        tried.append(attempt(index, classifier))
+        _, classifier = tried[-1]
     for step in (8, 4, 2, 1):
-        (*_, center), classifier = best
-        tried = [
-            attempt(index, classifier)
-            for index in (center - step, center + step)
-            if 0 <= index < len(GRID)
-        ]
-        best = max(best, *tried, key=score)
-    (*_, index), classifier = best
+        (*_, center), classifier = max(tried, key=operator.itemgetter(0))
+        for index in (center - step, center + step):
+            if 0 <= index < len(GRID):
+                tried.append(attempt(index, classifier))
+    (*_, index), classifier = max(tried, key=operator.itemgetter(0))
     return GRID[index], classifier
 
 
@@ -323,14 +301,12 @@ def _draw(labels: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.nda
 
 def _check(train, train_labels, validation, validation_labels, test, test_labels, classes):
     """Raises ValueError as `linear_probe` says."""
-    check_features("train", train, train_labels, classes)
-    check_features("validation", validation, validation_labels, classes)
-    check_features("test", test, test_labels, classes)
-    if not train.shape[1] == validation.shape[1] == test.shape[1]:
-        raise ValueError(
-            "train, validation and test features have different widths: "
-            f"{train.shape[1]}, {validation.shape[1]}, {test.shape[1]}"
-        )
+    check_splits(
+        classes,
+        train=(train, train_labels),
+        validation=(validation, validation_labels),
+        test=(test, test_labels),
+    )
     examples = np.bincount(train_labels, minlength=classes)
     if not examples.all():
         raise ValueError(f"train: class {examples.argmin()} has no examples")

@@ -48,15 +48,11 @@ def collect(
             image_of_text += [index] * len(texts)
         images += len(captions)
         image_features.append(encode_image(batch["image"]))
-        prompts = [prefix + text for texts in captions for text in texts]
-        text_features.append(encode_texts(prompts))
+        text_features.append(encode_texts([prefix + text for texts in captions for text in texts]))
     if not images:
         raise ValueError("batches held no images: the evaluation set is empty")
-    return (
-        np.concatenate(image_features),
-        np.concatenate(text_features),
-        np.array(image_of_text, np.int32),
-    )
+    features = np.concatenate(image_features), np.concatenate(text_features)
+    return *features, np.array(image_of_text, np.int32)
 
 
 def retrieval(
@@ -93,12 +89,8 @@ def retrieval(
         raise ValueError(
             f"retrieval needs images and texts, got {len(image_features)} and {len(text_features)}"
         )
-    if (
-        image_features.ndim != 2
-        or text_features.ndim != 2
-        or image_features.shape[1] != text_features.shape[1]
-        or image_of_text.shape != text_features.shape[:1]
-    ):
+    shapes = image_features.shape[1:], text_features.shape[1:], image_of_text.shape
+    if len(shapes[0]) != 1 or shapes[0] != shapes[1] or shapes[2] != text_features.shape[:1]:
         raise ValueError(
             "expected image_features [N, D], text_features [M, D] and image_of_text [M], got "
             f"{image_features.shape}, {text_features.shape} and {image_of_text.shape}"
@@ -145,21 +137,19 @@ def ranks(
       candidates: float32 [M, D].
       query_image: int [N], the image a query is or belongs to.
       candidate_image: int [M].
-      block: side of a tile of scores.
-      mesh: the queries are divided over its devices; None for one device.
+      block, mesh: as for `retrieval`.
 
     Returns:
       int32 [N].
     """
-    block, divided, everywhere = _shardings(block, mesh)
-    targets = list(_blocks(candidates, candidate_image, block, everywhere))
+    targets = list(_blocks(candidates, candidate_image, block, mesh, divided=False))
     result = []
-    for rows, _, row_image in _blocks(queries, query_image, block, divided):
-        best, first = jnp.full(block, -jnp.inf), jnp.zeros(block, jnp.int32)
+    for rows, _, row_image in _blocks(queries, query_image, block, mesh, divided=True):
+        best, first = jnp.full(len(rows), -jnp.inf), jnp.zeros(len(rows), jnp.int32)
         for columns, index, column_image in targets:
             scores = _scores(rows, columns, index)
             best, first = _best_match(scores, row_image, column_image, index, best, first)
-        rank = jnp.zeros(block, jnp.int32)
+        rank = jnp.zeros(len(rows), jnp.int32)
         for columns, index, _ in targets:
             rank += _before(_scores(rows, columns, index), index, best, first)
         result.append(rank)
@@ -179,41 +169,33 @@ def top_matches(
       queries: float32 [N, D].
       candidates: float32 [M, D].
       k: matches a query.
-      block: side of a tile of scores.
-      mesh: the queries are divided over its devices; None for one device.
+      block, mesh: as for `retrieval`.
 
     Returns:
       int32 [N, min(k, M)], rows of `candidates`.
     """
     k = min(k, len(candidates))
-    block, divided, everywhere = _shardings(block, mesh)
-    targets = list(_blocks(candidates, np.arange(len(candidates)), block, everywhere))
+    targets = list(_blocks(candidates, np.arange(len(candidates)), block, mesh, divided=False))
     result = []
-    for rows, _, _ in _blocks(queries, np.arange(len(queries)), block, divided):
-        best, matches = jnp.full((block, k), -jnp.inf), jnp.zeros((block, k), jnp.int32)
+    for rows, _, _ in _blocks(queries, np.arange(len(queries)), block, mesh, divided=True):
+        best, matches = jnp.full((len(rows), k), -jnp.inf), jnp.zeros((len(rows), k), jnp.int32)
         for columns, index, _ in targets:
             best, matches = _merge_top(_scores(rows, columns, index), index, best, matches)
         result.append(matches)
     return np.concatenate(result)[: len(queries)]
 
 
-def _shardings(block: int, mesh: Mesh | None) -> tuple[int, NamedSharding, NamedSharding]:
-    """A block that divides over the devices, and how queries and candidates lie on them."""
-    mesh = mesh or Mesh(jax.local_devices()[:1], ("data",))
-    return (
-        -(-block // mesh.size) * mesh.size,
-        NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
-        NamedSharding(mesh, PartitionSpec()),
-    )
-
-
 def _blocks(
-    features: np.ndarray, image: np.ndarray, block: int, sharding: NamedSharding
+    features: np.ndarray, image: np.ndarray, block: int, mesh: Mesh | None, *, divided: bool
 ) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
     """Yields features [block, D], their row numbers [block] and images [block] on the devices.
 
-    The last block is padded, so that every tile has one shape: row number and image -1.
+    Each device has all of a block, or if it is divided a part of it: `block` is rounded up for
+    that. The last one is padded, so that every tile has one shape: row number and image -1.
     """
+    mesh = mesh or Mesh(jax.local_devices()[:1], ("data",))
+    block = -(-block // mesh.size) * mesh.size
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names) if divided else PartitionSpec())
     for start in range(0, len(features), block):
         rows = np.arange(start, min(start + block, len(features)), dtype=np.int32)
         pad = (0, block - len(rows))

@@ -26,20 +26,13 @@ from declip_jax.hints import did_you_mean
 
 
 class Shared(NamedTuple):
-    """What all tasks of a run have in common; `shared` makes it of a configuration.
+    """What all tasks of a run have in common; `shared` makes it of a configuration."""
 
-    Attributes:
-      reading: resolution, resize and batch_size of `eval_images`.
-      preprocess: name of the protocol.
-      data_dir: where known sets are.
-      templates, prefix: of prompts and captions, where neither set nor settings say.
-    """
-
-    reading: dict[str, int]
-    preprocess: str
-    data_dir: str
-    templates: tuple[str, ...]
-    prefix: str
+    reading: dict[str, int]  # resolution, resize and batch_size of `eval_images`
+    preprocess: str  # name of the protocol
+    data_dir: str  # where known sets are
+    templates: tuple[str, ...]  # where neither set nor settings have prompts
+    prefix: str  # of captions, where the settings do not say
 
 
 def shared(section: Eval, seen: Preprocess, protocol: str = "") -> Shared:
@@ -55,16 +48,10 @@ def shared(section: Eval, seen: Preprocess, protocol: str = "") -> Shared:
 
 
 class Result(NamedTuple):
-    """What a task found.
+    """What a task found."""
 
-    Attributes:
-      metrics: by name; shares are fractions.
-      classes: of each class, how many images were right and what the others were taken for; see
-        `zeroshot.per_class`. Only of zero-shot classification.
-    """
-
-    metrics: dict[str, float]
-    classes: list[dict[str, Any]] = []
+    metrics: dict[str, float]  # shares are fractions
+    classes: list[dict[str, Any]] = []  # of zero-shot classification, see `zeroshot.per_class`
 
 
 class Task:
@@ -76,31 +63,26 @@ class Task:
         and metric are used. "": none, but the source's own.
       source: the data, as for training; "": where `sets.open_set` looks for the set.
 
-    Attributes:
-      name: in the names of metrics.
-      metrics: what a call gives, without the counts.
-      metric: the one of them that papers report of this set.
-      images_of_set: that its test split has, 0 if this is not known.
-      settings: all that the scores follow from, besides the model and the data.
-
     Raises:
       sets.Absent: the set is not on this machine.
       ValueError: settings or data that cannot be used.
     """
 
     task: str
-    metrics: tuple[str, ...] = ("top1", "top5", "mean_per_class")
+    metrics: tuple[str, ...] = ("top1", "top5", "mean_per_class")  # of a call, without counts
 
-    def __init__(self, shared: Shared, set: str = "", source: str = ""):
+    def __init__(self, shared: Shared, *, set: str = "", source: str = ""):
         if not set and not source:
             raise ValueError(
                 f"{self.task} needs a set, one of {sets.NAMES}, or a source, such as a folder that "
                 "python -m declip_jax.prepare wrote."
             )
-        self.set, self.title, self.metric = set or source, set or source, self.metrics[0]
-        self.images_of_set = 0
-        self.name = f"{self.set}/{self.task}"
+        self.set, self.title = set or source, set or source
+        self.metric = self.metrics[0]  # that papers report of this set
+        self.images_of_set = 0  # that its test split has, 0 if this is not known
+        self.name = f"{self.set}/{self.task}"  # in the names of metrics
         self._set, self._source, self._shared = set, source, shared
+        # All that the scores follow from, besides the model and the data.
         self.settings: dict[str, Any] = {"source": source, "preprocess": shared.preprocess}
         self._opened: dict[Source, list[Any]] = {}  # and the identity of each, which takes time
         self._names: tuple[str, ...] = ()  # of classes, where they matter beside their number
@@ -118,6 +100,17 @@ class Task:
         self._opened[source] = source.identity()
         return source
 
+    def open_labeled(self, split: str) -> Source:
+        """`open`, of what must have classes."""
+        source = self.open(split)
+        if not source.class_names:
+            raise ValueError(
+                f"{source} (split {split!r}) has no classes to choose from: prepare it with "
+                "python -m declip_jax.prepare imagefolder, name its label in a set, or evaluate "
+                "retrieval instead."
+            )
+        return source
+
     def identity(self) -> list[Any]:
         """Settings and data, as plain values: what is the same scores the same."""
         data = list(self._opened.values())
@@ -125,9 +118,8 @@ class Task:
 
     def images(self, source: Source):
         """`eval_images`, with progress on a terminal."""
-        with tqdm(
-            total=len(source), desc=self.name, unit=" images", leave=False, disable=None
-        ) as bar:
+        shown = dict(total=len(source), desc=self.name, unit=" images")
+        with tqdm(**shown, leave=False, disable=None) as bar:
             for batch in eval_images(source, **self._shared.reading):
                 yield batch
                 bar.update(len(batch["image"]))
@@ -162,39 +154,33 @@ class Zeroshot(Task):
         self,
         shared: Shared,
         *,
-        set: str = "",
-        source: str = "",
         split: str = "test",
         templates: Sequence[str] | str = (),
         classes: str = "",
+        **data: str,
     ):
-        super().__init__(shared, set, source)
-        self._images = self.open(split)
-        _check_classes(self._images, split)
+        super().__init__(shared, **data)
+        self._images = self.open_labeled(split)
         names = self._images.class_names
         if classes:
             names = tuple(read_class_names(classes, names).values())
-        templates = templates or (sets.get(set).templates if set else shared.templates)
-        if isinstance(templates, str):
-            templates = (templates,)
-        self._names, self._templates = names, tuple(templates)
-        self._may_repeat = bool(set) and not classes
+        templates = templates or (sets.get(self._set).templates if self._set else shared.templates)
+        self._templates = (templates,) if isinstance(templates, str) else tuple(templates)
+        self._names = names
+        # OpenAI's names for ImageNet have two missiles and two sunglasses.
+        self._may_repeat = bool(self._set) and not classes
         check_prompts(self._names, self._templates, repeated_names=self._may_repeat)
         self.settings |= dict(split=split, templates=self._templates, classes=classes)
 
     def __call__(self, encoder, cache: Cache) -> Result:
-        def make():
-            return {
-                "embeddings": class_embeddings(
-                    encoder.encode_texts,
-                    self._names,
-                    self._templates,
-                    repeated_names=self._may_repeat,  # OpenAI's for ImageNet: missile, sunglasses
-                )
-            }
+        prompts = self._names, self._templates
 
-        content = ["classes", self._names, self._templates, encoder.context]
-        embeddings = cache.get(content, make)["embeddings"]
+        def make():
+            may_repeat = self._may_repeat
+            found = class_embeddings(encoder.encode_texts, *prompts, repeated_names=may_repeat)
+            return {"embeddings": found}
+
+        embeddings = cache.get(["classes", *prompts, encoder.context], make)["embeddings"]
         metrics, confusion = zeroshot(encoder.encode_image, self.images(self._images), embeddings)
         return Result(metrics, per_class(confusion, self._names))
 
@@ -216,21 +202,19 @@ class Retrieval(Task):
         self,
         shared: Shared,
         *,
-        set: str = "",
-        source: str = "",
         split: str = "test",
         prefix: str | None = None,
         captions_per_image: int | None = None,
+        **data: str,
     ):
-        super().__init__(shared, set, source)
+        super().__init__(shared, **data)
         self._images = self.open(split)
         self._prefix = shared.prefix if prefix is None else prefix
         if captions_per_image is None:
-            captions_per_image = 5 if set else 0
+            captions_per_image = 5 if self._set else 0
         self._most = captions_per_image or None
-        self.settings |= dict(
-            split=split, prefix=self._prefix, captions_per_image=captions_per_image
-        )
+        told = dict(split=split, prefix=self._prefix, captions_per_image=captions_per_image)
+        self.settings |= told
 
     def __call__(self, encoder, cache: Cache) -> Result:
         def batches():
@@ -253,54 +237,43 @@ class _Probe(Task):
         self,
         shared: Shared,
         *,
-        set: str = "",
-        source: str = "",
         train: str = "train",
         validation: str | None = None,
         test: str = "test",
+        **data: str,
     ):
-        super().__init__(shared, set, source)
+        super().__init__(shared, **data)
         if validation is None:
-            validation = "validation" if set else ""
-        self._train, self._test = self.open(train), self.open(test)
-        self._validation = self.open(validation) if validation else None
-        _check_classes(self._train, train)
-        self._classes = len(self._train.class_names)
-        opened = [(train, self._train), (test, self._test)]
-        if self._validation is not None:
-            opened.append((validation, self._validation))
-        for (one, first), (other, second) in itertools.combinations(opened, 2):
+            validation = "validation" if self._set else ""
+        self._splits = {"train": self.open_labeled(train), "test": self.open(test)}
+        if validation:
+            self._splits["validation"] = self.open(validation)
+        names = dict(train=train, validation=validation, test=test)
+        for (one, first), (other, second) in itertools.combinations(self._splits.items(), 2):
+            both = f"the splits {names[one]!r} and {names[other]!r} of {self.set!r}"
             if self._opened[first] == self._opened[second]:
                 raise ValueError(
-                    f"the splits {one!r} and {other!r} of {self.set!r} are the same images: what "
-                    "was learned by heart would be asked for."
+                    f"{both} are the same images: what was learned by heart would be asked for."
                 )
             if first.class_names != second.class_names:
                 raise ValueError(
-                    f"the splits {one!r} and {other!r} of {self.set!r} have different classes: "
-                    f"{len(first.class_names)} and {len(second.class_names)}."
+                    f"{both} have different classes: {len(first.class_names)} and "
+                    f"{len(second.class_names)}."
                 )
         self.settings |= dict(train=train, validation=validation, split=test)
 
-    def splits(self, encoder, cache: Cache) -> dict[str, np.ndarray]:
+    def splits(self, encoder, cache: Cache) -> dict[str, Any]:
         """Features and labels of train, validation and test, as the probes take them."""
-        train, train_labels = self.features(self._train, encoder, cache)
-        if self._validation is not None:
-            validation, validation_labels = self.features(self._validation, encoder, cache)
-        else:
-            held_out = sets.held_out(len(train))
-            validation, validation_labels = train[held_out], train_labels[held_out]
-            train, train_labels = (np.delete(x, held_out, axis=0) for x in (train, train_labels))
-        test, test_labels = self.features(self._test, encoder, cache)
-        return dict(
-            train=train,
-            train_labels=train_labels,
-            validation=validation,
-            validation_labels=validation_labels,
-            test=test,
-            test_labels=test_labels,
-            classes=self._classes,
-        )
+        arrays = {}
+        for name, source in self._splits.items():
+            arrays[name], arrays[f"{name}_labels"] = self.features(source, encoder, cache)
+        if "validation" not in arrays:
+            held_out = sets.held_out(len(arrays["train"]))
+            for kind in ("", "_labels"):
+                whole = arrays[f"train{kind}"]
+                arrays[f"validation{kind}"] = whole[held_out]
+                arrays[f"train{kind}"] = np.delete(whole, held_out, axis=0)
+        return arrays | {"classes": len(self._splits["train"].class_names)}
 
 
 class LinearProbe(_Probe):
@@ -352,19 +325,10 @@ class KNN(_Probe):
 
     def __call__(self, encoder, cache: Cache) -> Result:
         splits = self.splits(encoder, cache)
-        for name in ("train", "train_labels"):
-            validation = splits.pop(name.replace("train", "validation"))
-            splits[name] = np.concatenate([splits[name], validation])
+        for kind in ("", "_labels"):
+            validation = splits.pop(f"validation{kind}")
+            splits[f"train{kind}"] = np.concatenate([splits[f"train{kind}"], validation])
         return Result(knn(**splits, **self._voting, mesh=encoder.mesh))
-
-
-def _check_classes(source: Source, split: str) -> None:
-    if not source.class_names:
-        raise ValueError(
-            f"{source} (split {split!r}) has no classes to choose from: prepare it with "
-            "python -m declip_jax.prepare imagefolder, name its label in a set, or evaluate "
-            "retrieval instead."
-        )
 
 
 TASKS = {task.task: task for task in (Zeroshot, Retrieval, LinearProbe, KNN, FewShot)}
@@ -395,8 +359,7 @@ def task_of(entry: Mapping[str, Any], shared: Shared) -> Task:
     make = TASKS[name]
     known = [
         parameter.name
-        for cls in (make, _Probe)
-        if issubclass(make, cls)
+        for cls in make.__mro__[:-1]  # of a task's classes each has some of its settings
         for parameter in inspect.signature(cls).parameters.values()
         if parameter.kind is parameter.KEYWORD_ONLY
     ]
@@ -413,19 +376,12 @@ def _near(word: Any, known) -> str:
     return f"{did_you_mean(word, known)} Expected one of {list(known)}."
 
 
-def sources_of(section: Eval) -> list[dict[str, Any]]:
-    """The entries for the sources that `config.eval` names one by one."""
-    named = {"zeroshot": section.zeroshot, "retrieval": section.retrieval}
-    return [
-        dict(task=task, source=one.source, split=one.split)
-        for task, one in named.items()
-        if one.source
-    ]
-
-
 def entries_of(section: Eval) -> list[dict[str, Any]]:
-    """The entries of all that `config.eval` asks for; [] if it asks for nothing."""
-    return sources_of(section) + (suites.load(section.suite) if section.suite else [])
+    """The entries of all that `config.eval` asks for: sources that it names one by one, and a
+    suite; [] if it asks for nothing."""
+    named = {"zeroshot": section.zeroshot, "retrieval": section.retrieval}
+    sources = [dict(task=t, source=n.source, split=n.split) for t, n in named.items() if n.source]
+    return sources + (suites.load(section.suite) if section.suite else [])
 
 
 def build(section: Eval, common: Shared) -> tuple[list[Task], list[dict[str, str]]]:
@@ -435,7 +391,7 @@ def build(section: Eval, common: Shared) -> tuple[list[Task], list[dict[str, str
       The tasks; and {"set", "task", "why"} of each whose data are absent.
     """
     tasks, absent = [], []
-    own = len(sources_of(section))
+    own = sum(map(bool, (section.zeroshot.source, section.retrieval.source)))
     for number, entry in enumerate(entries_of(section)):
         try:
             task = task_of(entry, common)

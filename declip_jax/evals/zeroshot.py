@@ -126,13 +126,6 @@ def per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict]:
             wrong[index] = 0
             worst = np.argsort(-wrong, kind="stable")[:3]
             taken_for = [[class_names[c], int(wrong[c])] for c in worst if wrong[c]]
-            accuracy = row[index] / images
-            table.append(
-                dict(
-                    name=class_names[index],
-                    images=images,
-                    accuracy=float(accuracy),
-                    taken_for=taken_for,
-                )
-            )
+            known = dict(name=class_names[index], images=images)
+            table.append(known | dict(accuracy=float(row[index] / images), taken_for=taken_for))
     return table

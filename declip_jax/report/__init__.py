@@ -1,7 +1,5 @@
 """Runs on one HTML page that needs nothing but itself, to be looked at and sent.
 
-    python -m declip_jax.report runs/mine runs/other --out report.html
-
 cli reads the command line, runs the workdirs; figures are the plots, examples what single captions
 find, scores the evaluations beside published numbers; page puts them together.
 """

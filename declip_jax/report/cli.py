@@ -1,12 +1,4 @@
-"""The command line of the report."""
-
-import os
-from collections.abc import Sequence
-from pathlib import Path
-
-from declip_jax.flags import Parser, at_least, mistakes_in_a_line
-
-_DESCRIPTION = """Show runs on one HTML page, which needs no network.
+"""Show runs on one HTML page, which needs no network.
 
   python -m declip_jax.report runs/mine runs/other --out report.html
 
@@ -15,9 +7,15 @@ find: images, and rows of the support set. Scores are those that training and de
 have written.
 """
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from declip_jax.flags import Parser, at_least, mistakes_in_a_line
+
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m declip_jax.report"):
-    parser = Parser(prog, _DESCRIPTION)
+    parser = Parser(prog, __doc__)
     add = parser.add_argument
     add("workdir", type=Path, nargs="+", help="folder of a training run")
     add("--out", type=Path, help="default: report.html in the first workdir")

@@ -19,25 +19,20 @@ SIDE = 160  # pixels, of an image on the page
 
 
 class Match(NamedTuple):
-    """An image that a caption found: as a data URI, what it is of, and whether it is right."""
+    """An image that a caption found."""
 
-    uri: str
-    caption: str
+    uri: str  # with the image as its data
+    caption: str  # of the image
     is_right: bool
 
 
 class Neighbor(NamedTuple):
-    """A row of the support set: its caption, None if it is still random, and its cosine.
+    """A row of the support set."""
 
-    Attributes:
-      augmented: it is the caption with words changed.
-      steps: training steps since it was enqueued.
-    """
-
-    caption: str | None
-    similarity: float
-    augmented: bool = False
-    steps: int = 0
+    caption: str | None  # None if it is still random
+    similarity: float  # cosine
+    augmented: bool = False  # whether words of the caption are changed
+    steps: int = 0  # of training since it was enqueued
 
 
 def gallery(trained: Trained, images: int, captions: int) -> list[tuple[str, list[Match]]]:
@@ -58,28 +53,21 @@ def gallery(trained: Trained, images: int, captions: int) -> list[tuple[str, lis
         source = open_source(settings.source, settings.split)
     else:
         source = open_data(trained.config.data)
-    pixels, captions_of = [], []
-    for batch in eval_images(source, **trained.shared.reading, most=images):
-        pixels.append(batch["image"])
-        captions_of.extend(batch["captions"])
-    pixels = np.concatenate(pixels)
+    batches = list(eval_images(source, **trained.shared.reading, most=images))
+    pixels = np.concatenate([batch["image"] for batch in batches])
+    captions_of = [captions for batch in batches for captions in batch["captions"]]
     # Captions made of class names are those of many images: each is shown once, and is right for
     # all of them.
     texts = list(dict.fromkeys(own[-1] for own in captions_of))
     shown = min(captions, len(texts))
     texts = [texts[i * len(texts) // shown] for i in range(shown)]
-    found = top_matches(
-        encoder.encode_texts([settings.prefix + t for t in texts]),
-        encoder.encode_image(pixels),
-        k=5,
-    )
-    return [
-        (
-            text,
-            [Match(_uri(pixels[j]), captions_of[j][-1], text in captions_of[j]) for j in matches],
-        )
-        for text, matches in zip(texts, found, strict=True)
-    ]
+    queries = encoder.encode_texts([settings.prefix + text for text in texts])
+    found = top_matches(queries, encoder.encode_image(pixels), k=5)
+
+    def match(text: str, j: int) -> Match:
+        return Match(_uri(pixels[j]), captions_of[j][-1], text in captions_of[j])
+
+    return [(text, [match(text, j) for j in row]) for text, row in zip(texts, found, strict=True)]
 
 
 def neighbors(trained: Trained, captions: int, k: int) -> list[tuple[str, list[Neighbor]]]:
@@ -132,13 +120,8 @@ def neighbors(trained: Trained, captions: int, k: int) -> list[tuple[str, list[N
             ids, _ = mask_tokens(ids, config.data.mask_rate, encoder.tokenizer, sample.rng)
         texts.append(sample.texts[0])
         tokens.append(ids)
-    found = support_set.nearest(
-        rows,
-        encoder.encode_text(np.stack(tokens)),
-        min(k, len(rows["rows"])),
-        mesh=setup.mesh,
-        block=config.loss.block,
-    )
+    queries, k = encoder.encode_text(np.stack(tokens)), min(k, len(rows["rows"]))
+    found = support_set.nearest(rows, queries, k, mesh=setup.mesh, block=config.loss.block)
 
     def describe(similarity: float, age: int) -> Neighbor:
         if age < 0:

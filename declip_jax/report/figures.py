@@ -32,6 +32,7 @@ _TITLES = {
     "train/data_wait_share": "Time spent waiting for data",
 }
 _HIDDEN = {"train/pairs_per_s_per_device", "train/seconds_left", "train/update_norm"}
+_SHARES = {f"train/{n}" for n in ("top1", "top5", "nn_replaced", "nn_young", "data_wait_share")}
 
 
 def curves(runs: Sequence[Run]) -> str:
@@ -50,19 +51,16 @@ def curves(runs: Sequence[Run]) -> str:
     named = set()
     for place, (_, name) in enumerate(panels):
         at = dict(row=place // COLUMNS + 1, col=place % COLUMNS + 1)
-        for number, run in enumerate(runs):
-            if name not in run.curves:
-                continue
-            for trace in _traces(run.curves[name]):
+        for run in runs:
+            for trace in _traces(run.curves[name]) if name in run.curves else ():
+                entry = run.name not in named and trace.opacity is None
+                named |= {run.name} if entry else set()
                 label = html.escape(run.name)
-                entry = number not in named and trace.opacity is None
-                named |= {number} if entry else set()
-                trace.update(
-                    name=label, legendgroup=str(number), showlegend=entry, line_color=run.color
-                )
+                trace.update(name=label, legendgroup=label, showlegend=entry, line_color=run.color)
                 figure.add_trace(trace, **at)
-        figure.update_yaxes(tickformat=".3~s" if name.endswith("_per_s") else None, **at)
-        if _is_share(name):
+        if name.endswith("_per_s"):
+            figure.update_yaxes(tickformat=".3~s", **at)
+        if name.startswith("val/") or name in _SHARES:
             figure.update_yaxes(tickformat=".1~%", rangemode="tozero", **at)
     figure.update_annotations(font=dict(size=13, color=_INK), yshift=4)
     last = max(step for run in runs for step in run.curves.get("step", ()))
@@ -73,43 +71,36 @@ def curves(runs: Sequence[Run]) -> str:
 def bars(scores: Scores) -> str:
     """Scores in per cent: for each row of the table beside, which tells the colors, its bars."""
     rows = [row for row in scores.rows if any(row in one.values for one in scores.series)]
-    figure, places, ticks = go.Figure(), {}, []
+    lengths, ticks = [{} for _ in scores.series], {}  # values by place; labels by place
     place = 0.0  # of the next bar; rows have as many as they need
     for row in rows:
         first = place
-        for number, one in enumerate(scores.series):
+        for one, values in zip(scores.series, lengths, strict=True):
             if row in one.values:
-                places[number, row] = place
+                values[place] = one.values[row]
                 place += 1
-        ticks.append((first + place - 1) / 2)
+        several = f", {metric_title(row.metric)}" if scores.task in SEVERAL else ""
+        ticks[(first + place - 1) / 2] = html.escape(scores.rows[row] + several) + "  "
         place += 0.6
-    for number, one in enumerate(scores.series):
-        values = {places[number, row]: one.values[row] for row in rows if row in one.values}
-        figure.add_trace(
-            go.Bar(
-                y=list(values),
-                x=list(values.values()),
-                width=0.92,
-                text=[f"{value:.1f}" for value in values.values()],
-                textposition="outside",
-                textfont_size=10,
-                name=html.escape(f"{one.label}, {one.detail}"),
-                marker_color=one.color,
-                orientation="h",
-                hoverinfo="name+x",
-            )
+    figure = go.Figure()
+    for one, values in zip(scores.series, lengths, strict=True):
+        figure.add_bar(
+            y=list(values),
+            x=list(values.values()),
+            width=0.92,
+            texttemplate="%{x:.1f}",
+            textposition="outside",
+            textfont_size=10,
+            name=html.escape(f"{one.label}, {one.detail}"),
+            marker_color=one.color,
+            orientation="h",
+            hoverinfo="name+x",
         )
-    labels = [
-        f"{scores.rows[row]}, {metric_title(row.metric)}"
-        if scores.task in SEVERAL
-        else scores.rows[row]
-        for row in rows
-    ]
     highest = max(value for one in scores.series for value in one.values.values())
     figure.update_layout(barmode="overlay", showlegend=False)
     figure.update_yaxes(
-        tickvals=ticks,
-        ticktext=[html.escape(label) + "  " for label in labels],
+        tickvals=list(ticks),
+        ticktext=list(ticks.values()),
         range=[place - 0.4, -0.8],
         showgrid=False,
         automargin=True,
@@ -123,9 +114,10 @@ def _panels(runs: Sequence[Run]) -> list[tuple[str, str]]:
     logged = list(dict.fromkeys(name for run in runs for name in run.curves if "/" in name))
     trained = [run.trained.config for run in runs if not run.imported]
     terms = dict.fromkeys(f"train/{term}" for config in trained for term in config.loss.weights)
-    titles = {_LOSS: "Loss", **{name: f"Loss: {name[6:]}" for name in terms}, **_TITLES}
-    if len(terms) == 1:  # the loss itself, but for its weight
-        titles = {_LOSS: "Loss", **_TITLES}
+    titles = {_LOSS: "Loss"}
+    if len(terms) > 1:  # one is the loss itself, but for its weight
+        titles |= {name: f"Loss: {name[6:]}" for name in terms}
+    titles |= _TITLES
     own = [n for n in logged if n.startswith("train/") and n not in {*titles, *terms, *_HIDDEN}]
     titles |= {name: name[6:].replace("_", " ") for name in own}
     for name in logged:
@@ -135,16 +127,6 @@ def _panels(runs: Sequence[Run]) -> list[tuple[str, str]]:
             title = f"{' '.join(parts)}, {metric_title(metric)}".replace("_", " ")
             titles[name] = title[0].upper() + title[1:]
     return [(title, name) for name, title in titles.items() if name in logged]
-
-
-def _is_share(name: str) -> bool:
-    return name.startswith("val/") or name in (
-        "train/top1",
-        "train/top5",
-        "train/nn_replaced",
-        "train/nn_young",
-        "train/data_wait_share",
-    )
 
 
 def _traces(curve: dict[int, float]) -> list[go.Scatter]:
@@ -163,24 +145,14 @@ def _traces(curve: dict[int, float]) -> list[go.Scatter]:
 
 def _html(figure: go.Figure, name: str, height: int, top: int) -> str:
     axis = dict(gridcolor=_GRID, zeroline=False, linecolor="#bbb", tickfont_size=11)
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
-    figure.update_layout(
+    figure.update_xaxes(**axis).update_yaxes(**axis).update_layout(
         template=None,
         font=dict(family=_FONT, size=12, color=_INK),
         paper_bgcolor="white",
         plot_bgcolor="white",
         margin=dict(l=48, r=12, t=top, b=36),
         height=height,
-        legend=dict(
-            orientation="h",
-            x=0,
-            xanchor="left",
-            xref="container",
-            y=1,
-            yref="container",
-            yanchor="top",
-        ),
+        legend=dict(orientation="h", x=0, xref="container", y=1, yref="container", yanchor="top"),
         hovermode="x" if name == "curves" else "closest",
     )
     return figure.to_html(

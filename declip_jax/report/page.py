@@ -17,14 +17,7 @@ _NEIGHBORS = 5
 
 
 def write_page(runs: Sequence[Run], out: Path, *, images: int, captions: int) -> None:
-    """Writes an HTML file that needs no other.
-
-    Args:
-      runs: to compare.
-      out: the file.
-      images: how many the captions search.
-      captions: how many are shown of each run.
-    """
+    """Writes an HTML file that needs no other; `images` of each run are searched by `captions`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # captions and names may hold anything
@@ -57,12 +50,7 @@ def write_page(runs: Sequence[Run], out: Path, *, images: int, captions: int) ->
 
 def _confusions(runs: Sequence[Run]):
     """For each set that any run was scored on: a heading, and each run's worst classes."""
-    scored = [
-        (run, result)
-        for run in runs
-        for result in (run.evaluation or {}).get("results", ())
-        if result["task"] == "zeroshot"
-    ]
+    scored = [(run, result) for run in runs for result in run.found("results", "zeroshot")]
     variant, sets = variants([result for _, result in scored]), {}
     for run, result in scored:
         heading = ", ".join(filter(None, (result["title"], variant(result))))

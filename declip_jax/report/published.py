@@ -12,31 +12,18 @@ from typing import NamedTuple
 
 
 class Number(NamedTuple):
-    """A number of a table.
+    """A number of a table."""
 
-    Attributes:
-      paper: "declip", "clip_benchmark" or "alip".
-      table: where it is, such as "Table 3".
-      method: as `config.method`, or "uniclip", "hiclip" or "hideclip".
-      model: "ViT-B/32" or "RN50".
-      data: that it was trained on, such as "YFCC15M".
-      task: "zeroshot", "retrieval" or "linear_probe".
-      set: of `evals.sets`.
-      metric: "top1", "mean_per_class", or one of retrieval, such as "image_to_text_r1".
-      value: per cent.
-      title, authors, year, url: of the paper.
-    """
-
-    paper: str
-    table: str
-    method: str
-    model: str
-    data: str
-    task: str
-    set: str
-    metric: str
-    value: float
-    title: str
+    paper: str  # "declip", "clip_benchmark" or "alip"
+    table: str  # where it is, such as "Table 3"
+    method: str  # as `config.method`, or "uniclip", "hiclip" or "hideclip"
+    model: str  # "ViT-B/32" or "RN50"
+    data: str  # that it was trained on, such as "YFCC15M"
+    task: str  # "zeroshot", "retrieval" or "linear_probe"
+    set: str  # of `evals.sets`
+    metric: str  # "top1", "mean_per_class", or one of retrieval, such as "image_to_text_r1"
+    value: float  # per cent
+    title: str  # of the paper, as what follows
     authors: str
     year: int
     url: str
@@ -50,13 +37,7 @@ def _numbers() -> tuple[Number, ...]:
 
 
 def published(method: str, model: str | None = None, task: str | None = None) -> list[Number]:
-    """What is published of a method, in the order of the tables; [] if nothing is.
-
-    Args:
-      method, model, task: see `Number`; None stands for any.
-    """
-    return [
-        number
-        for number in _numbers()
-        if number.method == method and model in (None, number.model) and task in (None, number.task)
-    ]
+    """What is published of a method, in the order of the tables; [] if nothing is. A model or task
+    of None stands for any."""
+    of_method = [number for number in _numbers() if number.method == method]
+    return [n for n in of_method if model in (None, n.model) and task in (None, n.task)]

@@ -1,5 +1,6 @@
 """What the workdirs of runs hold."""
 
+import itertools
 import json
 import shlex
 from collections import defaultdict
@@ -19,25 +20,18 @@ Curves = dict[str, dict[int, float]]
 
 
 class Run(NamedTuple):
-    """A run and its newest checkpoint, or another program's weights that were evaluated.
-
-    Attributes:
-      workdir: its folder.
-      name: the folder's, or its path where several have the same name.
-      color: of all that is drawn of it.
-      curves: for each name in metrics.jsonl, its value at each step, steps rising; {} of another
-        program's weights.
-      trained: the model.
-      evaluation: {"results", "absent"} of all its evaluated steps, see `results`, each result
-        with its "step"; of what was scored at several steps, the newest. None without any.
-        Steps after the newest checkpoint's are of a past that this run does not have.
-    """
+    """A run and its newest checkpoint, or another program's weights that were evaluated."""
 
     workdir: Path
-    name: str
-    color: str
+    name: str  # the workdir's, or its path where several have the same name
+    color: str  # of all that is drawn of it
+    # For each name in metrics.jsonl, its value at each step, steps rising; {} of another program's
+    # weights.
     curves: Curves
     trained: Trained
+    # {"results", "absent"} of all its evaluated steps, see `results`, each result with its "step";
+    # of what was scored at several steps, the newest. None without any. Steps after the newest
+    # checkpoint's are of a past that this run does not have.
     evaluation: dict[str, Any] | None
 
     @property
@@ -51,6 +45,10 @@ class Run(NamedTuple):
     @property
     def imported(self) -> bool:
         return self.trained.setup is None
+
+    def found(self, part: str, task: str) -> list[dict[str, Any]]:
+        """The "results" or what is "absent" of a task."""
+        return [one for one in (self.evaluation or {}).get(part, ()) if one["task"] == task]
 
     def last_evaluation(self) -> tuple[int, dict[str, float]]:
         """The step and the metrics of the last evaluation in metrics.jsonl; {} without any."""
@@ -88,10 +86,8 @@ class Run(NamedTuple):
         }
         if self.imported:
             weights = Path(Imported.of(self.workdir).path).name
-            return model | {
-                **dict.fromkeys(("step", "batch", "pairs seen"), "–"),
-                "data": f"unknown: {weights} is another program's",
-            }
+            unknown = dict.fromkeys(("step", "batch", "pairs seen"), "–")
+            return model | unknown | {"data": f"unknown: {weights} is another program's"}
         config = self.trained.config
         return model | {
             "step": f"{self.trained.step:,} of {config.total_steps:,}",
@@ -102,25 +98,16 @@ class Run(NamedTuple):
 
 
 def load_runs(workdirs: Sequence[Path]) -> list[Run]:
-    """Reads runs and their newest models.
-
-    Raises:
-      ValueError: a workdir that is named twice, or without checkpoints or metrics.
-    """
+    """Reads runs and their newest models. Raises ValueError for a workdir that is named twice, or
+    has no checkpoints or metrics."""
     paths = [workdir.resolve() for workdir in workdirs]
     for path in paths:
         if paths.count(path) > 1:
             raise ValueError(f"{path} is named twice: name each workdir once.")
-    names = [path.name for path in paths]
-    palette = qualitative.D3
-    return [
-        _load(
-            workdir,
-            path.name if names.count(path.name) == 1 else str(workdir),
-            palette[number % len(palette)],
-        )
-        for number, (workdir, path) in enumerate(zip(workdirs, paths, strict=True))
-    ]
+    names, runs = [path.name for path in paths], []
+    for workdir, own, color in zip(workdirs, names, itertools.cycle(qualitative.D3), strict=False):
+        runs.append(_load(workdir, own if names.count(own) == 1 else str(workdir), color))
+    return runs
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -141,25 +128,23 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _load(workdir: Path, name: str, color: str) -> Run:
     if (workdir / IMPORTED).exists():
         try:
-            trained = load_imported(Imported.of(workdir))
+            trained, curves = load_imported(Imported.of(workdir)), {}
         except ValueError as error:
             raise ValueError(f"{workdir}: {error}") from error
-        return Run(workdir, name, color, {}, trained, _evaluation(workdir, trained.step))
-    metrics = workdir / "metrics.jsonl"
-    trained = load(workdir)
-    # The page needs the model alone, and the optimizer's state is twice as large.
-    trained = trained._replace(state=trained.state.replace(opt_state=None))
-    curves = _read_curves(metrics) if metrics.exists() else {}
-    if not any("/" in name for name in curves):
-        raise ValueError(
-            f"{workdir} has nothing in metrics.jsonl, which training writes: train on."
-        )
+    else:
+        trained, curves = load(workdir), _read_curves(workdir / "metrics.jsonl")
+        # The page needs the model alone, and the optimizer's state is twice as large.
+        trained = trained._replace(state=trained.state.replace(opt_state=None))
+        if not any("/" in name for name in curves):
+            raise ValueError(
+                f"{workdir} has nothing in metrics.jsonl, which training writes: train on."
+            )
     return Run(workdir, name, color, curves, trained, _evaluation(workdir, trained.step))
 
 
 def _read_curves(path: Path) -> Curves:
     curves = defaultdict(dict)
-    for row in read_metrics(path):
+    for row in read_metrics(path) if path.exists() else ():
         for name, value in row.items():
             curves[name][row["step"]] = value
     return {name: dict(sorted(values.items())) for name, values in curves.items()}

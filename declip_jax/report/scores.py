@@ -40,45 +40,23 @@ class Row(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Scores of a run or of a paper.
-
-    Attributes:
-      label, detail, color: of what is drawn of them.
-      values: in per cent.
-      absent: of a run: sets that have not been scored, and why.
-      sources: of papers: where in them the numbers stand, and their addresses.
-    """
+    """Scores of a run or of a paper, and how they are drawn."""
 
     label: str
     detail: str
     color: str
-    values: dict[Row, float]
-    absent: dict[str, str] = {}
-    sources: dict[str, str] = {}
+    values: dict[Row, float]  # in per cent
+    absent: dict[str, str] = {}  # of a run: sets that have not been scored, and why
+    sources: dict[str, str] = {}  # of papers: where in them the numbers stand, and their addresses
 
 
 class Scores(NamedTuple):
-    """The scores of one task.
-
-    Attributes:
-      title: of the task.
-      rows: what is compared, each with a label; those no run has come last.
-      series: the runs, then the papers.
-    """
+    """The scores of one task."""
 
     task: str
-    title: str
-    rows: dict[Row, str]
-    series: list[Series]
-
-
-class Class(NamedTuple):
-    """A class of a set, and what its images were taken for: shares."""
-
-    name: str
-    images: int
-    accuracy: float
-    taken_for: list[tuple[str, float]]
+    title: str  # of the task
+    rows: dict[Row, str]  # what is compared, each with a label; those no run has come last
+    series: list[Series]  # the runs, then the papers
 
 
 def metric_title(name: str) -> str:
@@ -91,8 +69,8 @@ def metric_title(name: str) -> str:
 def scores(runs: Sequence[Run]) -> Iterator[Scores]:
     """Of each task that any run has been evaluated on, or should have been."""
     for task, title in TASKS.items():
-        results = [_of_task(run, "results", task) for run in runs]
-        absent = [{a["set"]: a["why"] for a in _of_task(run, "absent", task)} for run in runs]
+        results = [run.found("results", task) for run in runs]
+        absent = [{a["set"]: a["why"] for a in run.found("absent", task)} for run in runs]
         if not any(results) and not any(absent):
             continue
         variant = variants(list(itertools.chain(*results)))
@@ -107,10 +85,10 @@ def scores(runs: Sequence[Run]) -> Iterator[Scores]:
                         row = Row(result["set"], metric, name)
                         values[row] = 100 * value
                         rows[row] = f"{result['title']} ({name})" if name else result["title"]
-            steps = sorted({result["step"] for result in own})
-            detail = f"step {', '.join(f'{step:,}' for step in steps)}" if own else "not scored"
-            if own and run.imported:
-                detail = "another program's weights"
+            detail = "not scored"
+            if own:
+                steps = ", ".join(f"{step:,}" for step in sorted({one["step"] for one in own}))
+                detail = "another program's weights" if run.imported else f"step {steps}"
             series.append(Series(run.name, detail, run.color, values, missing))
         known = {row.set for row in rows}
         for name in dict.fromkeys(itertools.chain(*absent)):
@@ -136,41 +114,21 @@ def variants(results: Sequence[dict[str, Any]]) -> Callable[[dict[str, Any]], st
     return variant
 
 
-def worst_classes(result: dict[str, Any], most: int) -> list[Class]:
+def worst_classes(result: dict[str, Any], most: int) -> list[dict[str, Any]]:
     """Of a zero-shot result, the classes with the lowest accuracy, lowest first."""
-    worst = sorted(result["classes"], key=lambda one: one["accuracy"])[:most]
-    return [
-        Class(
-            one["name"],
-            one["images"],
-            one["accuracy"],
-            [(name, count / one["images"]) for name, count in one["taken_for"]],
-        )
-        for one in worst
-    ]
-
-
-def _of_task(run: Run, part: str, task: str) -> list[dict[str, Any]]:
-    return [one for one in (run.evaluation or {}).get(part, ()) if one["task"] == task]
+    return sorted(result["classes"], key=lambda one: one["accuracy"])[:most]
 
 
 def _papers(runs: Sequence[Run], task: str, rows: Iterable[Row]) -> list[Series]:
     """What is published of the runs' methods: a series for each model and data."""
     numbers = dict.fromkeys(itertools.chain(*(_comparable(run, task) for run in runs)))
-    found: dict[tuple, Series] = {}
+    found: dict[tuple[str, str], Series] = {}
     for number in numbers:
+        label = number.method, f"{number.model}, {number.data}"
         for row in rows:
             if (row.set, row.metric) == (number.set, number.metric):
-                series = found.setdefault(
-                    (number.method, number.model, number.data),
-                    Series(
-                        number.method,
-                        f"{number.model}, {number.data}",
-                        _GRAYS[len(found) % len(_GRAYS)],
-                        {},
-                        sources={},
-                    ),
-                )
+                gray = _GRAYS[len(found) % len(_GRAYS)]
+                series = found.setdefault(label, Series(*label, gray, {}, sources={}))
                 # Where two papers print the same, the first is shown.
                 if row not in series.values:
                     series.values[row] = number.value

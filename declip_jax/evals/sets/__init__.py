@@ -10,6 +10,7 @@ classes, of these only its `labels`.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -41,8 +42,6 @@ NAMES = (
 )
 RETRIEVAL = ("flickr30k", "mscoco")
 
-_HELD_OUT = 10  # one record of so many in a row is for validation, where a set has none for it
-
 
 class Absent(ValueError):
     """A set is not on this machine."""
@@ -50,49 +49,32 @@ class Absent(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class EvalSet:
-    """What is known of a set. Those for retrieval have no classes and templates.
+    """What is known of a set. Those for retrieval have no classes and templates."""
 
-    Attributes:
-      name: of NAMES or RETRIEVAL.
-      title: for people.
-      source: where names and prompts are from, a URL.
-      metric: that papers report, such as "top1" or "mean_per_class".
-      class_names: as they read in a prompt, in the order of the source. Two may be the same:
-        OpenAI's list has two missiles and two sunglasses for ImageNet.
-      labels: what TFDS and folders call each, in the same order; no two are the same.
-      other_labels: that data may name though the set has no images of them; ImageNet-A and -R are
-        of 200 classes and TFDS stores them with the labels of all 1,000.
-      templates: prompts, each with a `{}` for the name.
-      splits: {"train", "validation" or "test": the split of TFDS}; only those that the set has.
-        Where train and validation are the same, `open_set` parts it.
-      tfds: what TFDS calls it, or "".
-      folders: what its folder may be called besides `name`.
-      files: that stand for the set if they are in its folder.
-      images: of the test split.
-    """
-
-    name: str
-    title: str
-    source: str
-    metric: str
+    name: str  # of NAMES or RETRIEVAL
+    title: str  # for people
+    source: str  # where names and prompts are from, a URL
+    metric: str  # that papers report, such as "top1" or "mean_per_class"
+    # As they read in a prompt, in the order of the source. Two may be the same: OpenAI's list has
+    # two missiles and two sunglasses for ImageNet.
     class_names: tuple[str, ...]
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # what TFDS and folders call each, in the same order; all different
+    # That data may name though the set has no images of them: ImageNet-A and -R are of 200 classes,
+    # and TFDS stores them with the labels of all 1,000.
     other_labels: tuple[str, ...]
-    templates: tuple[str, ...]
+    templates: tuple[str, ...]  # prompts, each with a `{}` for the name
+    # {"train", "validation" or "test": the split of TFDS}; only those that the set has. Where train
+    # and validation are the same, `open_set` parts it.
     splits: Mapping[str, str]
-    tfds: str
-    folders: tuple[str, ...]
-    files: tuple[str, ...]
-    images: int
+    tfds: str  # what TFDS calls it, or ""
+    folders: tuple[str, ...]  # what its folder may be called besides `name`
+    files: tuple[str, ...]  # that stand for the set if they are in its folder
+    images: int  # of the test split
 
 
 @functools.cache
 def get(name: str) -> EvalSet:
-    """A set of NAMES or RETRIEVAL.
-
-    Raises:
-      ValueError: there is none of that name.
-    """
+    """A set of NAMES or RETRIEVAL. Raises ValueError if there is none of that name."""
     known = (*NAMES, *RETRIEVAL)
     if name not in known:
         hint = did_you_mean(name, known)
@@ -101,20 +83,16 @@ def get(name: str) -> EvalSet:
     parent = _read(stored["like"]) if "like" in stored else stored
     classes = dict(parent.get("classes", ()))
     labels = tuple(stored.get("labels", classes))
+    as_stored = ("title", "source", "metric", "splits", "tfds", "images")
     return EvalSet(
         name=name,
-        title=stored["title"],
-        source=stored["source"],
-        metric=stored["metric"],
         class_names=tuple(classes[label] for label in labels),
         labels=labels,
         other_labels=tuple(label for label in classes if label not in labels),
         templates=tuple(parent.get("templates", ())),
-        splits=stored["splits"],
-        tfds=stored["tfds"],
         folders=tuple(stored["folders"]),
         files=tuple(stored.get("files", ())),
-        images=stored["images"],
+        **{field: stored[field] for field in as_stored},
     )
 
 
@@ -176,8 +154,7 @@ def open_set(name: str, split: str, data_dir: str, source: str = "") -> Source:
 
 def _words(stored: str) -> list[str]:
     """What a split may be called: as TFDS calls it, or otherwise."""
-    also = {"validation": ["val"], "val": ["validation"]}.get(stored, [])
-    return [stored, *also]
+    return [stored, *{"validation": ["val"], "val": ["validation"]}.get(stored, [])]
 
 
 def _shares_training(known: EvalSet, place: str) -> bool:
@@ -194,8 +171,8 @@ def held_out(count: int) -> np.ndarray:
     One of every ten in a row, drawn by seed 0: of records sorted by class a tenth of each class,
     and of records in turns of classes all classes.
     """
-    starts = np.arange(0, count, _HELD_OUT)
-    return np.random.default_rng(0).integers(starts, np.minimum(starts + _HELD_OUT, count))
+    starts = np.arange(0, count, 10)
+    return np.random.default_rng(0).integers(starts, np.minimum(starts + 10, count))
 
 
 def _find(known: EvalSet, data_dir: str) -> str:
@@ -210,14 +187,10 @@ def _find(known: EvalSet, data_dir: str) -> str:
     message = f"{known.name} is not on this machine: there is no {', '.join(places)}"
     advice = f"Put it into {folders[0]}, or name its place as the source"
     if known.tfds:
-        message += (
-            f", and no TFDS data set {known.tfds} in {data_dir}, $TFDS_DATA_DIR or "
-            "~/tensorflow_datasets"
-        )
-        advice += (
-            f"; tfds build {known.tfds} --file_format=array_record --data_dir={data_dir} writes "
-            "it, where TensorFlow is installed"
-        )
+        elsewhere = f"{data_dir}, $TFDS_DATA_DIR or ~/tensorflow_datasets"
+        message += f", and no TFDS data set {known.tfds} in {elsewhere}"
+        build = f"tfds build {known.tfds} --file_format=array_record --data_dir={data_dir}"
+        advice += f"; {build} writes it, where TensorFlow is installed"
     raise Absent(f"{message}. {advice}.")
 
 
@@ -234,12 +207,9 @@ def _written_by_tfds(name: str, **where: str) -> str:
 
 def _has_labels_alone(place: str) -> bool:
     """Whether it is a TFDS directory without captions."""
-    if not _is_tfds(place):
-        return False
-    try:
-        return "captions" not in _tfds_info(place).features
-    except Exception:  # of several kinds, which `open_source` tells about
-        return False
+    with contextlib.suppress(Exception):  # of several kinds, which `open_source` tells about
+        return _is_tfds(place) and "captions" not in _tfds_info(place).features
+    return False
 
 
 def _is_tfds(place: str) -> bool:
@@ -269,11 +239,10 @@ def _has_split(place: str, word: str) -> bool:
         return re.search(r"\.(tar|parquet)\}?$", place) is None
     inside = os.path.join(path, word)
     if fs.isdir(inside):
-        entries = fs.ls(inside, detail=True)
         # A class can be called like a split, as the trains of CIFAR-100: it has images.
         return any(
             entry["type"] == "directory" or entry["name"].endswith((".tar", ".parquet"))
-            for entry in entries
+            for entry in fs.ls(inside, detail=True)
         )
     names = map(os.path.basename, fs.ls(path, detail=False))
     return any(re.match(rf"{word}-\d+-of-\d+", name) for name in names)
@@ -295,11 +264,9 @@ class _SetSource(Source):
         self._source, self._set, self._part = source, known.name, part
         self._labels = _labels(source, known)
         self.class_names, self.files = known.class_names, source.files
-        self._indices = np.arange(len(source))
-        if part:
-            validation = held_out(len(source))
-            rest = np.delete(self._indices, validation)
-            self._indices = validation if part == "validation" else rest
+        indices, validation = np.arange(len(source)), held_out(len(source))
+        parts = {"": indices, "validation": validation, "train": np.delete(indices, validation)}
+        self._indices = parts[part]
 
     def __str__(self) -> str:
         return f"{self._set} ({self._part + ' of ' if self._part else ''}{self._source})"
@@ -348,25 +315,18 @@ def _labels(source: Source, known: EvalSet) -> list[int | None]:
     found = [places.get(name) for name in given]
     unknown = [s for s, g in zip(source.class_names, given, strict=True) if g not in places]
     lacking = [label for place, label in enumerate(known.labels) if place not in found]
-    twice = [
-        s
-        for i, s in enumerate(source.class_names)
-        if found[i] in found[:i] and found[i] is not None
-    ]
-    problems = [
-        f"{problem} {', '.join(map(repr, which[:3]))}{', …' * (len(which) > 3)}"
-        for problem, which in (
-            ("has the unknown", unknown),
-            ("lacks", lacking),
-            ("has a second time", twice),
-        )
+    again = [place is not None and place in found[:i] for i, place in enumerate(found)]
+    twice = list(itertools.compress(source.class_names, again))
+    wrong = {"has the unknown": unknown, "lacks": lacking, "has a second time": twice}
+    problems = "; ".join(
+        f"it {problem} {', '.join(map(repr, which[:3]))}{', …' * (len(which) > 3)}"
+        for problem, which in wrong.items()
         if which
-    ]
+    )
     if problems:
         raise ValueError(
-            f"{source} has {len(given)} classes, {known.name} {len(names)}: it "
-            + "; it ".join(problems)
-            + ". Its classes must be called as in TFDS or as in the prompts."
+            f"{source} has {len(given)} classes, {known.name} {len(names)}: {problems}. Its "
+            "classes must be called as in TFDS or as in the prompts."
         )
     return found
 
