@@ -157,14 +157,7 @@ def load(workdir: Path, step: str = "newest", preprocess: str | None = None) -> 
         setup = Setup(config, _devices(sizes))
         state = checkpoints.restore(chosen, setup.abstract_state)
     shared = suite.shared(config.eval, config.preprocess)
-    encoder = Encoder(
-        setup.method,
-        config.preprocess,
-        config.eval.batch_size,
-        config.model.text.context,
-        setup.mesh,
-        setup.tokenizer,
-    ).use(state.eval_params, state.model_state)
+    encoder = setup.encoder().use(state.eval_params, state.model_state)
     told = config.method, config.model, config.eval, shared, encoder
     return Trained(*told, state, chosen, digest_of(record), record, setup)
 

@@ -258,7 +258,7 @@ config = declip_vit_b32_yfcc15m.get_config("tiny").unlock()
 config.mesh = dict(data=1, fsdp=4)
 config.init_from = sys.argv[3]
 setup = Setup(config.lock(), jax.devices())
-state = init_from.start(config, setup.init_state, lambda line: None)
+state = init_from.start(setup, lambda line: None)
 file = trained.read(config.init_from).variables["params"]["text"]["token_embedding"]["embedding"]
 for shard in state.params["text"]["token_embedding"]["embedding"].addressable_shards:
     rows = np.asarray(shard.data)
