@@ -6,6 +6,7 @@ Wherever an image is taken, it is either encoded (bytes) or already such an arra
 import math
 import struct
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -148,11 +149,8 @@ def decode(image: bytes | np.ndarray, shrink: int = 1) -> np.ndarray:
     """Decodes to uint8 [ceil(H / shrink), ceil(W / shrink), 3] RGB, turned as its Exif tag says.
 
     Gray and CMYK become RGB, alpha is dropped, 16 bits become 8. The array may be a view of another
-    with turned axes.
-
-    Args:
-      image: an encoded image, or an array, which is returned as it is.
-      shrink: 1; for JPEG also 2, 4 or 8, which leaves most of the decoding out.
+    with turned axes; one that is given is returned as it is. `shrink` is 1; for JPEG also 2, 4 or
+    8, which leaves most of the decoding out.
 
     Raises:
       ValueError: see `size`; or the data are cut off or damaged.
@@ -200,10 +198,8 @@ def random_resized_crop(
     Where Exif mirrors an image that is decoded smaller, these are off by less than that factor.
 
     Args:
-      image: encoded, or an array.
       views: V objects with crop_scale, the (lowest, highest) share of the image's area, and
         crop_ratio, the (lowest, highest) width / height.
-      rng: source of all randomness.
       resolution: R, pixels.
 
     Returns:
@@ -229,7 +225,7 @@ def sample_boxes(
     The edges are multiples of the factor: 1, 2, 4 or 8, by which all boxes stay large enough.
     """
     height, width = size(image)
-    boxes = [_sample_box(height, width, view.crop_scale, view.crop_ratio, rng) for view in views]
+    boxes = [_sample_box(height, width, view, rng) for view in views]
     shrink = 1
     if _is_jpeg(image):
         smallest = min(min(bottom - top, right - left) for top, left, bottom, right in boxes)
@@ -237,15 +233,10 @@ def sample_boxes(
     return [tuple(round(edge / shrink) * shrink for edge in box) for box in boxes], shrink
 
 
-def _sample_box(
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-) -> Box:
+def _sample_box(height: int, width: int, view: Any, rng: np.random.Generator) -> Box:
+    ratio = view.crop_ratio
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
+        area = height * width * rng.uniform(*view.crop_scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < box_height <= height and 0 < box_width <= width:
@@ -278,13 +269,8 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def resize_center_crop(image: bytes | np.ndarray, short_side: int, resolution: int) -> np.ndarray:
     """For evaluation: the short side resized, then the square of the center, uint8 [R, R, 3].
 
-    Args:
-      image: encoded, or an array.
-      short_side: pixels, at least `resolution`.
-      resolution: R, pixels.
-
-    Raises:
-      ValueError: see `decode`.
+    Both sizes are in pixels, and `short_side` is at least R, the resolution. Raises ValueError as
+    `decode` does.
     """
     pixels = decode(image)
     short = min(pixels.shape[:2])

@@ -101,14 +101,7 @@ def prepare(args: argparse.Namespace) -> None:
 def convert(
     args: argparse.Namespace, found: Input, settings: Mapping[str, Any], work: Path, listed: Path
 ) -> dict[str, Any]:
-    """Writes the shards that the folder `work` lacks, and a list of what was refused.
-
-    Returns:
-      The manifest.
-
-    Raises:
-      InputError: see `prepare`.
-    """
+    """Writes the shards that `work` lacks and a list of what was refused; returns the manifest."""
     reader, refused, table = found.reader, found.refused, None
     if args.deduplicate:
         find_duplicates(args, reader, work / "duplicates.npy")
@@ -118,14 +111,11 @@ def convert(
         reader, refused = captions.Joined(reader, table), [*refused, *table.refused()]
 
     count = len(found.items)
-    paths = [
-        work / records.shard_name(args.name, args.split, shard, args.shards)
-        for shard in range(args.shards)
-    ]
-    bounds = [count * shard // args.shards for shard in range(args.shards + 1)]
+    shards = range(args.shards)
+    paths = [work / records.shard_name(args.name, args.split, n, args.shards) for n in shards]
     missing = [
-        (path, found.items[first:last])
-        for path, first, last in zip(paths, bounds, bounds[1:], strict=False)
+        (path, found.items[count * shard // args.shards : count * (shard + 1) // args.shards])
+        for shard, path in enumerate(paths)
         if not counts_path(path).exists()
     ]
     write_shards(args, reader, missing, total=count)

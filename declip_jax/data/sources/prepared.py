@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 
 from declip_jax.data import records
 from declip_jax.data.records import BadRecord
-from declip_jax.data.sources.base import Source
+from declip_jax.data.sources.base import Source, find
 from declip_jax.data.sources.paths import is_remote
 
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
@@ -25,7 +25,7 @@ class Shards(Source):
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
         directory = builder.data_path
-        self._name = f"{directory} split {split!r}"
+        self.name = f"{directory} split {split!r}"
         check_local(str(directory))
         try:
             # Opens the shards when a process first reads from them.
@@ -48,9 +48,6 @@ class Shards(Source):
         if missing:
             raise ValueError(f"{directory} lacks {missing}: copy or prepare the data set again.")
 
-    def __str__(self) -> str:
-        return self._name
-
     def __len__(self) -> int:
         return len(self._data)
 
@@ -58,12 +55,7 @@ class Shards(Source):
         return [*super().layout(), [(shard.skip, shard.take) for shard in self._shards]]
 
     def stored(self, index: int) -> bytes:
-        """A record as it is stored.
-
-        Raises:
-          BadRecord: its shard is damaged there.
-          OSError: its shard cannot be read.
-        """
+        """A record; raises BadRecord where its shard is damaged, OSError if that cannot be read."""
         try:
             return self._data[index]
         except RuntimeError as error:
@@ -74,11 +66,9 @@ class Shards(Source):
             raise BadRecord("unreadable record", str(error)) from error
 
     def locate(self, index: int) -> str:
-        ends = np.cumsum([shard.take for shard in self._shards])
-        number = int(np.searchsorted(ends, index, side="right"))
+        number, place = find(np.cumsum([0, *(shard.take for shard in self._shards)]), index)
         shard = self._shards[number]
-        place = shard.skip + shard.take - (int(ends[number]) - index)
-        return f"{shard.filename}: record {place}"
+        return f"{shard.filename}: record {shard.skip + place}"
 
 
 def check_local(directory: str) -> None:
@@ -90,11 +80,7 @@ def check_local(directory: str) -> None:
 
 
 class PreparedSource(Shards):
-    """A split of a data set with the features of `records`.
-
-    Raises:
-      ValueError: see `open_source`.
-    """
+    """A split of a data set with the features of `records`; raises ValueError as `open_source`."""
 
     def __init__(self, directory: str, split: str):
         check_local(directory)

@@ -1,6 +1,7 @@
 """TFDS data sets in array_record files, whatever their features are called."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,20 +47,19 @@ class TfdsSource(Shards):
         super().__init__(builder, split)
         self._split = split
         present = dict(sorted(_features(builder.info.features)))
-
-        def find(field, usual, fits, expected):
-            return choose(columns, field, usual, present, fits, expected, builder.info.full_name)
-
+        pick = functools.partial(choose, columns, present, builder.info.full_name)
         texts = "texts or class labels, alone or in one Sequence"
-        (self._image,) = find("image", ("image",), _is_image, "an Image of 8 bits")
-        self._captions = find("captions", _CAPTIONS, _is_text, texts)
-        self._synthetic = find("synthetic", ("synthetic",), _is_text, texts)
-        self._key = find("key", _KEYS, _is_key, "a text or an integer")
-        self._label = find("label", ("label",), _is_label, "a ClassLabel")
+        is_text = _is_any("text", "class", depth=1)
+        (self._image,) = pick("image", ("image",), _is_any("image"), "an Image of 8 bits")
+        self._captions = pick("captions", _CAPTIONS, is_text, texts)
+        self._synthetic = pick("synthetic", ("synthetic",), is_text, texts)
+        is_key = _is_any("text", "class", "integer")
+        self._key = pick("key", _KEYS, is_key, "a text or an integer")
+        self._label = pick("label", ("label",), _is_any("class"), "a ClassLabel")
         self._names = {
             path: tuple(present[path].type.names)
             for path in (*self._captions, *self._synthetic, *self._label)
-            if _is_class(present[path])
+            if present[path].kind() == "class"
         }
         for path in self._label:
             self.class_names = self._names[path]
@@ -112,6 +112,20 @@ class _Feature(NamedTuple):
     type: tfds.features.FeatureConnector
     depth: int  # Sequences around it
 
+    def kind(self) -> str:
+        """What its values are, in one word; "" for any that are not read."""
+        kinds = tfds.features
+        # Not its subclasses: the pixels of a LabeledImage are classes.
+        if type(self.type) is kinds.Image:
+            return "image" if self.type.np_dtype == np.uint8 else ""
+        if isinstance(self.type, kinds.ClassLabel):
+            return "class"
+        if not isinstance(self.type, kinds.Tensor):
+            return ""
+        if self.type.np_dtype == np.object_:
+            return "text"
+        return "integer" if np.issubdtype(self.type.np_dtype, np.integer) else ""
+
     def __str__(self) -> str:
         return "Sequence(" * self.depth + str(self.type) + ")" * self.depth
 
@@ -129,29 +143,5 @@ def _features(
         yield path, _Feature(feature, depth)
 
 
-def _is_image(feature: _Feature) -> bool:
-    # Not its subclasses: the pixels of a LabeledImage are classes.
-    is_image = type(feature.type) is tfds.features.Image
-    return is_image and feature.type.np_dtype == np.uint8 and not feature.depth
-
-
-def _is_class(feature: _Feature) -> bool:
-    return isinstance(feature.type, tfds.features.ClassLabel)
-
-
-def _is_string(feature: _Feature) -> bool:
-    return isinstance(feature.type, tfds.features.Tensor) and feature.type.np_dtype == np.object_
-
-
-def _is_text(feature: _Feature) -> bool:
-    return (_is_string(feature) or _is_class(feature)) and feature.depth <= 1
-
-
-def _is_label(feature: _Feature) -> bool:
-    return _is_class(feature) and not feature.depth
-
-
-def _is_key(feature: _Feature) -> bool:
-    is_tensor = isinstance(feature.type, tfds.features.Tensor)
-    is_integer = is_tensor and np.issubdtype(feature.type.np_dtype, np.integer)
-    return (_is_string(feature) or is_integer) and not feature.depth
+def _is_any(*kinds: str, depth: int = 0) -> Callable[[_Feature], bool]:
+    return lambda feature: feature.kind() in kinds and feature.depth <= depth
