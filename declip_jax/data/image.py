@@ -114,25 +114,19 @@ def _parts(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     jpeg, png = _is_jpeg(data), data.startswith(PNG)
     if not (jpeg or png or data.startswith(b"RIFF")):
         return
-    place = 2 if jpeg else 8 if png else 12
+    place, head = (2, ">2sH") if jpeg else (8, ">I4s") if png else (12, "<4sI")
     for _ in range(MAX_PARTS):
         try:
-            if jpeg:
-                name, length = struct.unpack_from(">2sH", data, place)
-                start, end = place + 4, place + 2 + length
-                place = end
-            elif png:
-                length, name = struct.unpack_from(">I4s", data, place)
-                start, end = place + 8, place + 8 + length
-                place = end + 4  # a checksum
-                if end > len(data):  # OpenCV would take as much memory as it says
-                    raise ValueError(f"PNG is cut off: {len(data)} bytes")
-            else:
-                name, length = struct.unpack_from("<4sI", data, place)
-                start, end = place + 8, place + 8 + length
-                place = end + end % 2
+            name, length = struct.unpack_from(head, data, place)
         except struct.error:
             return
+        if png:
+            name, length = length, name
+        start = place + struct.calcsize(head)
+        end = start + length - 2 * jpeg  # whose length counts itself
+        if png and end > len(data):  # OpenCV would take as much memory as it says
+            raise ValueError(f"PNG is cut off: {len(data)} bytes")
+        place = end + (0 if jpeg else 4 if png else end % 2)  # a PNG has a checksum
         if name == b"\xff\xda" or end < start:
             return
         yield name, start, end
@@ -192,7 +186,7 @@ def decode(image: bytes | np.ndarray, shrink: int = 1) -> np.ndarray:
 def random_resized_crop(
     image: bytes | np.ndarray, views: Sequence, rng: np.random.Generator, resolution: int
 ) -> np.ndarray:
-    """Random crops resized to a square, all from one decoding.
+    """Random crops resized to a square, all from one decoding: uint8 [V, R, R, 3].
 
     As torchvision's RandomResizedCrop with antialiasing, but for the boxes, see `sample_boxes`.
     Where Exif mirrors an image that is decoded smaller, these are off by less than that factor.
@@ -201,9 +195,6 @@ def random_resized_crop(
       views: V objects with crop_scale, the (lowest, highest) share of the image's area, and
         crop_ratio, the (lowest, highest) width / height.
       resolution: R, pixels.
-
-    Returns:
-      uint8 [V, R, R, 3].
 
     Raises:
       ValueError: see `decode`.

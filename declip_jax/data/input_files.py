@@ -187,9 +187,7 @@ class Captions:
     def refuse(self, key: str, reason: str, detail: str) -> None:
         self.refused.append(refusal(key, BadRecord(reason, detail)))
 
-    def add(
-        self, line: str, key: str, captions: Sequence[str], synthetic: Sequence[str] = ()
-    ) -> None:
+    def add(self, line: str, key: str, captions: Sequence[str], synthetic: Sequence[str]) -> None:
         texts = (key, *captions, *synthetic)
         if not all(map(is_utf8, texts)):
             self.refuse(line, "not UTF-8", f"image {key!r}")
@@ -281,10 +279,7 @@ def check_columns(name: str, columns: Mapping[str, str], present: Sequence[str])
 def jsonl_rows(
     stream: TextIO, name: str, fields: Sequence[str], refuse: Refuse
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file with one a line, as "line <number>" and the object.
-
-    One without texts in `fields` is refused; for the rest see `csv_table`.
-    """
+    """As `csv_table`, of a JSON object a line; one without texts in `fields` is refused."""
     for number, text in enumerate(_lines(stream, name), start=1):
         line = f"line {number}"
         if not text.strip():

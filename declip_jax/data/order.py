@@ -64,12 +64,8 @@ def _fold(seed: int, number: int) -> int:
 class BlockShuffle:
     """As a shuffle of all records, but with those of a block at nearly the same time.
 
-    Each epoch permutes the blocks, takes so many of them at a time, and permutes their records.
-
-    Args:
-      blocks: first record of each, ascending from 0.
-      length: records.
-      together: blocks at a time.
+    Each epoch permutes the blocks, takes `together` of them at a time, and permutes their records.
+    `blocks` has the first record of each, ascending from 0, and `length` is of all.
     """
 
     def __init__(self, blocks: np.ndarray, length: int, together: int, seed: int):

@@ -59,8 +59,7 @@ def train_batches(
     """Batches without end, made ahead of use.
 
     A batch may cross the end of an epoch: no record is left out, and a source smaller than a batch
-    comes more than once in it. A record that cannot be used is replaced by another of the same
-    source, which follows from the seed and the sample's number.
+    comes more than once in it. A record that cannot be used is replaced by another of its source.
 
     Args:
       data: how the source is read; what it says of sources is not heeded here.
@@ -192,9 +191,8 @@ class Samples:
     def draw(self, number: int, images: np.ndarray) -> Sample:
         """Fills uint8 `images` [V, R, R, 3] with the sample's views, and returns its texts.
 
-        Raises:
-          ValueError: neither its record nor those in place of it can be used, or reading one failed
-            for a reason that may pass.
+        Raises ValueError if neither its record nor those in place of it can be used, or reading one
+        failed for a reason that may pass.
         """
         source, bad, synonyms = self.source, [], self._synonyms()
         for attempt in range(_ATTEMPTS):
@@ -303,8 +301,7 @@ def _draw(texts: Sequence[str], rng: np.random.Generator) -> str:
     return texts[rng.integers(len(texts))]
 
 
-def _start_worker(index: int, count: int) -> None:
-    del index, count
+def _start_worker(*_: int) -> None:
     follow_parent()
     faulthandler.enable()
 

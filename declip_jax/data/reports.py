@@ -102,18 +102,13 @@ def _is_alive(pid: int) -> bool:
 
 class BadRecords:
     """Counts the records of a source that cannot be used, names the first, and ends a run that has
-    too many.
-
-    Args:
-      most: share of the samples of a window.
-      window: samples.
-      log: takes a line for the user.
+    too many: more than the share `most` of the last `window` samples. `log` takes lines.
     """
 
     def __init__(self, source: Source, most: float, window: int, log: Callable[[str], Any]):
         self._source, self._most, self._window, self._log = source, most, window, log
         self._recent: collections.deque[tuple[int, int]] = collections.deque()  # samples, bad ones
-        self._samples = self._bad = self._named = 0
+        self._named = 0
 
     def add(self, samples: int, bad: list[tuple[int, str, str]]) -> None:
         """Counts a batch; raises ValueError if the share is exceeded."""
@@ -123,16 +118,13 @@ class BadRecords:
             if self._named == _NAMED:
                 self._log("Further records that cannot be used are only counted.")
         self._recent.append((samples, len(bad)))
-        self._samples += samples
-        self._bad += len(bad)
-        while self._samples - self._recent[0][0] >= self._window:
-            old_samples, old_bad = self._recent.popleft()
-            self._samples -= old_samples
-            self._bad -= old_bad
-        if self._bad > self._most * max(self._window, self._samples):
+        while sum(count for count, _ in self._recent) - self._recent[0][0] >= self._window:
+            self._recent.popleft()
+        samples, refused = map(sum, zip(*self._recent, strict=True))
+        if refused > self._most * max(self._window, samples):
             index, _, details = bad[-1]
             raise ValueError(
-                f"{self._bad} records of the last {self._samples:,} samples of {self._source} "
+                f"{refused} records of the last {samples:,} samples of {self._source} "
                 f"cannot be used, more than config.data.max_bad_fraction={self._most} of a window "
                 f"of config.data.bad_window={self._window:,}; the last is "
                 f"{self._source.locate(index)}: {details}. Mend the data (python -m "

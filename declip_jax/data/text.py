@@ -87,11 +87,7 @@ def augment(
 
 @functools.cache
 def load_synonyms(path: str) -> dict[str, list[str]]:
-    """{word: its synonyms}, as `prepare synonyms` wrote it; read once in each process.
-
-    Raises:
-      ValueError: no such file, or not one of synonyms.
-    """
+    """{word: its synonyms}, read once in each process; ValueError unless `prepare` wrote them."""
     try:
         with gzip.open(path) as file:
             synonyms = json.load(file)

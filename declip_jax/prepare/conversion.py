@@ -36,10 +36,8 @@ def prepare(args: argparse.Namespace) -> None:
 
     The finished output folder holds the shards, TFDS' metadata and, for each split, its manifest
     prepare-<split>.json and refused-<split>.jsonl. Until then the shards and what is known about
-    each are in <split>.incomplete.
-
-    Raises:
-      InputError: it cannot be done as asked; the message says what to change.
+    each are in <split>.incomplete. Raises InputError, which says what to change, if it cannot be
+    done as asked.
     """
     found = read_input(args)
     count = len(found.items)

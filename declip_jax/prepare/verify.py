@@ -19,7 +19,10 @@ SHOWN = 5  # problems of one shard that are named
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Compares the files with the manifest and prints all problems; returns 1 if there are any."""
+    """Compares the files with the manifest and prints all problems; returns 1 if there are any.
+
+    Raises InputError if there is no such data set or split.
+    """
     directory = Path(args.directory)
     try:
         manifests = read_manifests(directory)

@@ -5,7 +5,7 @@ import json
 import os
 import posixpath
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 
@@ -188,41 +188,34 @@ def _of_lines(
     chosen = None
     for where, row in rows:
         if chosen is None:
-            chosen = _choose(columns, {field: _kind(row[field]) for field in row}, path)
-            captions.needs_synthetic = bool(chosen.synthetic)
-        split = row.get(chosen.split)
-        texts = {field: _texts(row.get(field)) for field in (*chosen.captions, *chosen.synthetic)}
-        kinds = [_kind(row.get(chosen.image)), "text" if split is None else _kind(split)]
-        if kinds == ["text", "text"] and None not in texts.values():
-            written, synthetic = (
+            present = {field: _kind(value) for field, value in row.items()}
+            chosen = image, written, synthetic, split = _choose(columns, present, path)
+            captions.needs_synthetic = bool(synthetic)
+        texts = {field: _texts(row.get(field)) for field in (*written, *synthetic)}
+        name, of_split = row.get(image), row.get(split)
+        are_texts = isinstance(name, str) and isinstance(of_split, str | None)
+        if are_texts and None not in texts.values():
+            both = (
                 [text for field in fields for text in texts[field]]
-                for fields in (chosen.captions, chosen.synthetic)
+                for fields in (written, synthetic)
             )
-            yield split, (where, row[chosen.image], written, synthetic)
+            yield of_split, (where, name, *both)
         else:
-            detail = f"expected texts in {', '.join(chosen.all())}; it has {sorted(row)[:20]}"
+            fields = ", ".join(filter(None, (image, *written, *synthetic, split)))
+            detail = f"expected texts in {fields}; it has {sorted(row)[:20]}"
             captions.refuse(where, "bad row", detail)
 
 
-class _Chosen(NamedTuple):
-    """The columns or fields to read; the split is "" where there is none."""
-
-    image: str
-    captions: Sequence[str]
-    synthetic: Sequence[str]
-    split: str
-
-    def all(self) -> list[str]:
-        return [name for name in (self.image, *self.captions, *self.synthetic, self.split) if name]
-
-
-def _choose(columns: Columns, present: dict[str, str], path: str) -> _Chosen:
+def _choose(
+    columns: Columns, present: dict[str, str], path: str
+) -> tuple[str, Sequence[str], Sequence[str], str]:
+    """What has the image's name, captions, synthetic ones, and the split or "" if nothing does."""
     is_text, is_texts = {"text"}.__contains__, {"text", "list"}.__contains__
     pick = functools.partial(choose, columns, present, path)
     (image,) = pick("image", _IMAGES, is_text, "a column of file names")
     captions = pick("captions", _CAPTIONS, is_texts, "columns of texts")
     synthetic = pick("synthetic", ("synthetic",), is_texts, "columns of texts")
-    return _Chosen(image, captions, synthetic, "split" if "split" in present else "")
+    return image, captions, synthetic, "split" if "split" in present else ""
 
 
 def _kind(value: Any) -> str:

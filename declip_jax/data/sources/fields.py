@@ -58,16 +58,10 @@ def choose(
 def checked_record(
     image: Any, captions: Iterable[Any], key: Any, synthetic: Iterable[Any] | None = None
 ) -> records.Record:
-    """A record of what is stored as bytes, or as buffers, which are copied.
+    """A record of what is stored as bytes, or as buffers, which are copied; texts are in UTF-8.
 
-    Args:
-      image: an encoded image; None if there is none.
-      captions: texts in UTF-8; blank ones are left out.
-      key: a text in UTF-8.
-      synthetic: texts as captions are; None if the source has none.
-
-    Raises:
-      BadRecord: an image or all captions are missing, too large, or not UTF-8.
+    Blank captions are left out. `image` is None where there is none, `synthetic` if the source has
+    none at all. Raises BadRecord if an image or all captions are missing, too large, or not UTF-8.
     """
     if image is None or not len(image):
         raise BadRecord("no image", "it is empty")

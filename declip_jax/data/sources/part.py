@@ -42,11 +42,7 @@ class Part(Source):
 
 
 def part_of(source: Source, split: str) -> Source:
-    """What "train[:90%]" or "train[1000:]" names of a source without splits of its own.
-
-    Raises:
-      ValueError: it is written otherwise, or is empty.
-    """
+    """What "train[:90%]" or "train[1000:]" names of a source; ValueError if that is nothing."""
     match = re.fullmatch(r"\w*(?:\[(\d+%?)?:(\d+%?)?\])?", split)
     if match is None:
         raise ValueError(

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
-from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
 
 from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources.fields import checked_record, choose
-from declip_jax.data.sources.prepared import ARRAY_RECORD, Shards, check_local
+from declip_jax.data.sources.prepared import ARRAY_RECORD, Shards, open_builder
 
 # Where `Columns` names nothing, the first of these that is there and fits.
 _CAPTIONS = ("captions", "captions/text", "caption", "texts", "text")
@@ -36,7 +35,7 @@ class TfdsSource(Shards):
     """
 
     def __init__(self, name: str, split: str, columns: Columns):
-        builder = _open(name)
+        builder = open_builder(name)
         if ARRAY_RECORD not in builder.info.available_file_formats():
             raise ValueError(
                 f"{builder.data_path} has {builder.info.file_format.value} files, of which no "
@@ -94,18 +93,6 @@ class TfdsSource(Shards):
             for label in values[path].int64_list.value:
                 if 0 <= label < len(names):
                     yield names[label].encode()
-
-
-def _open(name: str) -> tfds.core.DatasetBuilder:
-    check_local(name)
-    try:
-        if name.startswith("tfds:"):
-            # Goes by what is on disk; tfds.builder, by the version that TFDS would write today.
-            return read_only_builder.builder_from_files(name.removeprefix("tfds:"))
-        return tfds.builder_from_directory(name)
-    except Exception as error:  # of several kinds: no directory, no such file, damaged JSON
-        reason = " ".join(str(error).split())  # it has several lines
-        raise ValueError(f"{name!r} is no TFDS data set that can be read: {reason}") from error
 
 
 class _Feature(NamedTuple):
