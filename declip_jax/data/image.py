@@ -123,7 +123,7 @@ def _parts(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         if png:
             name, length = length, name
         start = place + struct.calcsize(head)
-        end = start + length - 2 * jpeg  # whose length counts itself
+        end = start + length - 2 * jpeg  # whose lengths count themselves
         if png and end > len(data):  # OpenCV would take as much memory as it says
             raise ValueError(f"PNG is cut off: {len(data)} bytes")
         place = end + (0 if jpeg else 4 if png else end % 2)  # a PNG has a checksum

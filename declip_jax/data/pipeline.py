@@ -92,7 +92,8 @@ def train_batches(
         raise ValueError(f"{source} is empty.")
     if "synthetic" in text_views:
         for part in source.sources if isinstance(source, Mixture) else (source,):
-            if "synthetic" not in (first_record(part) or ("synthetic",)):
+            record = first_record(part)
+            if record is not None and "synthetic" not in record:
                 raise ValueError(
                     f"{part} has no synthetic captions, which this method learns from: name them "
                     "in config.data.columns.synthetic, or prepare the data set again with "

@@ -136,8 +136,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
     text = "caption with {} for the name of the class; repeatable (default: a photo of a {}.)"
     add("--template", action="append", help=text)
-    several = {"dest": "synthetic", "action": "append", "metavar": "TEMPLATE"}
-    add("--synthetic-template", **several, help=f"the same for {synthetic}")
+    several = {"dest": "synthetic", "action": "append"}
+    add("--synthetic-template", **several, metavar="TEMPLATE", help=f"the same for {synthetic}")
     text = (
         "readable names of the classes: lines of folder<TAB or =>name, or of names alone in the "
         "folders' sorted order (default: the folders' names, with spaces for underscores)"
@@ -157,8 +157,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     add("--synthetic-field", dest="synthetic", **NAME, help=synthetic)
 
     written = argparse.ArgumentParser(add_help=False)
-    several["metavar"] = "NAME"
-    written.add_argument("--synthetic-column", **several, help=f"{synthetic}; repeatable")
+    written.add_argument("--synthetic-column", **several, **NAME, help=f"{synthetic}; repeatable")
     command(
         "webdataset",
         "Tar shards, as img2dataset writes them.",
@@ -273,8 +272,8 @@ def make_parents() -> list[argparse.ArgumentParser]:
     add("--cache", default="", metavar="DIR", help="where indices of shards go")
     first = "of all records with the same key, keep the first"
     add("--deduplicate", action="store_true", default=None, help=first)
-    not_asked = ("captions", "synthetic", "image_column", "caption_column", "key_column")
-    source.set_defaults(**dict.fromkeys((*not_asked, "label_column")))
+    unnamed = {f"{field}_column": None for field in ("image", "caption", "key", "label")}
+    source.set_defaults(captions=None, synthetic=None, **unnamed)
 
     add = columns.add_argument
     usual = "(default: the usual names)"

@@ -133,8 +133,7 @@ def read_source(args: argparse.Namespace) -> Input:
             message = message.replace(f"config.data.columns.{field}", flag)
         raise InputError(f"--source {args.source}: {message}") from None
     check_format(args, source)
-    first = first_record(source) or {}
-    has_synthetic = bool(columns.synthetic or first.get("synthetic"))
+    has_synthetic = bool(columns.synthetic or (first_record(source) or {}).get("synthetic"))
     if args.format == "captions":  # which are to come, in place of those that there are
         reader, has_synthetic = SourceReader(source, has_synthetic=False), True
     else:

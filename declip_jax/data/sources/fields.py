@@ -25,7 +25,6 @@ def choose(
     Args:
       present: {column: its type}; messages show str(type).
       where: what has these columns, for messages.
-      field: one of the fields of `columns`.
       usual: names to look for; columns that do not fit are passed over.
       fits: whether a column of such a type can be read as this field.
       expected: the types that fit, in words.

@@ -88,7 +88,10 @@ def open_builder(name: str) -> tfds.core.DatasetBuilder:
         return tfds.builder_from_directory(name)
     except Exception as error:  # of several kinds: no directory, no such file, damaged JSON
         reason = " ".join(str(error).split())  # it has several lines
-        raise ValueError(f"{name!r} is no TFDS data set that can be read: {reason}") from error
+        raise ValueError(
+            f"{name!r} is no TFDS data set that can be read, nor one that python -m "
+            f"declip_jax.prepare wrote: {reason}"
+        ) from error
 
 
 class PreparedSource(Shards):

@@ -101,13 +101,12 @@ class _Feature(NamedTuple):
 
     def kind(self) -> str:
         """What its values are, in one word; "" for any that are not read."""
-        kinds = tfds.features
         # Not its subclasses: the pixels of a LabeledImage are classes.
-        if type(self.type) is kinds.Image:
+        if type(self.type) is tfds.features.Image:
             return "image" if self.type.np_dtype == np.uint8 else ""
-        if isinstance(self.type, kinds.ClassLabel):
+        if isinstance(self.type, tfds.features.ClassLabel):
             return "class"
-        if not isinstance(self.type, kinds.Tensor):
+        if not isinstance(self.type, tfds.features.Tensor):
             return ""
         if self.type.np_dtype == np.object_:
             return "text"
