@@ -42,7 +42,7 @@ class SplitSize(NamedTuple):
 def features(
     class_names: Sequence[str] = (), synthetic: bool = False
 ) -> tfds.features.FeaturesDict:
-    """The TFDS schema of a record, with a label if there are class names, which must differ."""
+    """The TFDS schema of a record, labeled if there are class names; ValueError for equal ones."""
     import tensorflow_datasets as tfds
 
     schema = {
