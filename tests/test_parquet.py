@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from declip_jax.data import input_files
 from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
-from declip_jax.data.sources import fields as source_fields
 from declip_jax.data.sources import parquet
 from declip_jax.data.sources.parquet import Parquet
 
@@ -365,7 +365,7 @@ def test_a_file_that_changed_meanwhile(tmp_path):
 
 
 def test_records_that_cannot_be_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(source_fields, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(input_files, "MAX_IMAGE_BYTES", 1000)
     good = {"bytes": b"image", "path": "a.jpg"}
     rows = {
         "no image": [(None, ["a"]), ({"bytes": None, "path": "a.jpg"}, ["a"])],

@@ -144,7 +144,7 @@ def test_workers_and_restarts_do_not_matter(tars, pairs, tmp_path, monkeypatch, 
     monkeypatch.setattr(filters, "check_image", check_or_stop)
     assert run(format, source, tmp_path / "three", *flags) == 130
     # The keys are not read again.
-    monkeypatch.setattr(inputs, "HashKeys", lambda *_: pytest.fail("keys read again"))
+    monkeypatch.setattr(inputs, "hash_keys", lambda *_: pytest.fail("keys read again"))
     monkeypatch.setattr(np, "argsort", lambda *_, **__: pytest.fail("keys compared again"))
     assert run(format, source, tmp_path / "three", *flags) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "three")

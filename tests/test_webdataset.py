@@ -13,6 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from declip_jax.data import input_files
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources import Columns, open_source, tar_index, webdataset
 from declip_jax.data.sources.tar import key_hash
@@ -203,7 +204,7 @@ def test_image_of_no_bytes_is_for_the_decoder_to_refuse(tmp_path):
 
 
 def test_large_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(webdataset, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(input_files, "MAX_IMAGE_BYTES", 1000)
     assert bad_reason(tmp_path, jpg=b"." * 1001) == "file too large"
     monkeypatch.setattr(tar_index, "MAX_SAMPLE_BYTES", 4096)
     (tmp_path / "b").mkdir()

@@ -17,7 +17,6 @@ def eval_images(
     """All records in order, in batches made ahead of use; the last may be smaller.
 
     Args:
-      source: where the records come from.
       resolution: R, pixels.
       resize: the short side before the center crop, pixels.
       batch_size: B, records.
@@ -32,7 +31,6 @@ def eval_images(
     """
     if resize < resolution:
         raise ValueError(f"resize={resize} is below the resolution {resolution} of the crop.")
-
     count = min(most or len(source), len(source))
 
     def make_batch(places: Sequence[int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Wherever an image is taken, it is either encoded (bytes) or already such an arra
 import math
 import struct
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -113,25 +114,19 @@ def _parts(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     jpeg, png = _is_jpeg(data), data.startswith(PNG)
     if not (jpeg or png or data.startswith(b"RIFF")):
         return
-    place = 2 if jpeg else 8 if png else 12
+    place, head = (2, ">2sH") if jpeg else (8, ">I4s") if png else (12, "<4sI")
     for _ in range(MAX_PARTS):
         try:
-            if jpeg:
-                name, length = struct.unpack_from(">2sH", data, place)
-                start, end = place + 4, place + 2 + length
-                place = end
-            elif png:
-                length, name = struct.unpack_from(">I4s", data, place)
-                start, end = place + 8, place + 8 + length
-                place = end + 4  # a checksum
-                if end > len(data):  # OpenCV would take as much memory as it says
-                    raise ValueError(f"PNG is cut off: {len(data)} bytes")
-            else:
-                name, length = struct.unpack_from("<4sI", data, place)
-                start, end = place + 8, place + 8 + length
-                place = end + end % 2
+            name, length = struct.unpack_from(head, data, place)
         except struct.error:
             return
+        if png:
+            name, length = length, name
+        start = place + struct.calcsize(head)
+        end = start + length - 2 * jpeg  # whose lengths count themselves
+        if png and end > len(data):  # OpenCV would take as much memory as it says
+            raise ValueError(f"PNG is cut off: {len(data)} bytes")
+        place = end + (0 if jpeg else 4 if png else end % 2)  # a PNG has a checksum
         if name == b"\xff\xda" or end < start:
             return
         yield name, start, end
@@ -148,11 +143,8 @@ def decode(image: bytes | np.ndarray, shrink: int = 1) -> np.ndarray:
     """Decodes to uint8 [ceil(H / shrink), ceil(W / shrink), 3] RGB, turned as its Exif tag says.
 
     Gray and CMYK become RGB, alpha is dropped, 16 bits become 8. The array may be a view of another
-    with turned axes.
-
-    Args:
-      image: an encoded image, or an array, which is returned as it is.
-      shrink: 1; for JPEG also 2, 4 or 8, which leaves most of the decoding out.
+    with turned axes; one that is given is returned as it is. `shrink` is 1; for JPEG also 2, 4 or
+    8, which leaves most of the decoding out.
 
     Raises:
       ValueError: see `size`; or the data are cut off or damaged.
@@ -194,20 +186,15 @@ def decode(image: bytes | np.ndarray, shrink: int = 1) -> np.ndarray:
 def random_resized_crop(
     image: bytes | np.ndarray, views: Sequence, rng: np.random.Generator, resolution: int
 ) -> np.ndarray:
-    """Random crops resized to a square, all from one decoding.
+    """Random crops resized to a square, all from one decoding: uint8 [V, R, R, 3].
 
     As torchvision's RandomResizedCrop with antialiasing, but for the boxes, see `sample_boxes`.
     Where Exif mirrors an image that is decoded smaller, these are off by less than that factor.
 
     Args:
-      image: encoded, or an array.
       views: V objects with crop_scale, the (lowest, highest) share of the image's area, and
         crop_ratio, the (lowest, highest) width / height.
-      rng: source of all randomness.
       resolution: R, pixels.
-
-    Returns:
-      uint8 [V, R, R, 3].
 
     Raises:
       ValueError: see `decode`.
@@ -229,7 +216,7 @@ def sample_boxes(
     The edges are multiples of the factor: 1, 2, 4 or 8, by which all boxes stay large enough.
     """
     height, width = size(image)
-    boxes = [_sample_box(height, width, view.crop_scale, view.crop_ratio, rng) for view in views]
+    boxes = [_sample_box(height, width, view, rng) for view in views]
     shrink = 1
     if _is_jpeg(image):
         smallest = min(min(bottom - top, right - left) for top, left, bottom, right in boxes)
@@ -237,15 +224,10 @@ def sample_boxes(
     return [tuple(round(edge / shrink) * shrink for edge in box) for box in boxes], shrink
 
 
-def _sample_box(
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-) -> Box:
+def _sample_box(height: int, width: int, view: Any, rng: np.random.Generator) -> Box:
+    ratio = view.crop_ratio
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
+        area = height * width * rng.uniform(*view.crop_scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < box_height <= height and 0 < box_width <= width:
@@ -278,13 +260,8 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def resize_center_crop(image: bytes | np.ndarray, short_side: int, resolution: int) -> np.ndarray:
     """For evaluation: the short side resized, then the square of the center, uint8 [R, R, 3].
 
-    Args:
-      image: encoded, or an array.
-      short_side: pixels, at least `resolution`.
-      resolution: R, pixels.
-
-    Raises:
-      ValueError: see `decode`.
+    Both sizes are in pixels, and `short_side` is at least R, the resolution. Raises ValueError as
+    `decode` does.
     """
     pixels = decode(image)
     short = min(pixels.shape[:2])

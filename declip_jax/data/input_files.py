@@ -1,7 +1,8 @@
 """Raw downloads: images in a folder or a zip archive, and which captions belong to which.
 
 Each `index_…` function lists a download as items, in an order that follows from the download alone,
-without opening an image. What is not usable is refused one by one, with a reason.
+without opening an image. What is not usable is refused one by one, with a reason; InputError is
+raised where a file, its columns or all class folders are missing.
 """
 
 import csv
@@ -33,6 +34,7 @@ class InputError(ValueError):
     """Something the user has to change."""
 
 
+Refuse = Callable[[str, str, str], None]  # called with what is left out, reason and detail
 Refusal = dict[str, str]  # {"key": …, "reason": …, "detail": …}, a line of refused-<split>.jsonl
 
 
@@ -58,14 +60,8 @@ class Index(NamedTuple):
 class Files:
     """Files by name, in a folder or in a zip archive, from which nothing is ever extracted.
 
-    It can be pickled, for worker processes: each of them opens the archive itself.
-
-    Args:
-      root: the folder or the archive.
-      subfolder: the folder in it that names are relative to.
-
-    Raises:
-      InputError: there is no such folder or archive.
+    Names are relative to `subfolder` in it. It can be pickled, for worker processes: each of them
+    opens the archive itself. Raises InputError if there is no such folder or archive.
     """
 
     def __init__(self, root: str, subfolder: str = ""):
@@ -95,23 +91,19 @@ class Files:
 
     def path(self, name: str) -> str:
         """Where `name` is below the root; names that lead out of it are refused."""
-        if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        if not is_safe(name):
             raise BadRecord("unsafe name", "an absolute path, or one with '..'")
         return posixpath.normpath(posixpath.join(self.subfolder, name))
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file.
-
-        Raises:
-          BadRecord: it is not there, leads out of the root, is too large or damaged in the archive.
-        """
+        """The bytes of a file; raises BadRecord if it cannot be had, is too large or damaged."""
         path = self.path(name)
         if self.zip:
             try:
                 member = self.zip.getinfo(path)
             except KeyError:
                 raise BadRecord("missing image", f"no {path} in {self.root}") from None
-            self._check_size(member.file_size)
+            check_image_size(member.file_size)
             try:
                 return self.zip.read(member)  # at most file_size bytes, whatever is packed
             except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError) as e:
@@ -126,12 +118,8 @@ class Files:
             raise BadRecord("missing image", f"no file {path}") from None
         if not stat.S_ISREG(status.st_mode):
             raise BadRecord("missing image", f"{path} is not a file")
-        self._check_size(status.st_size)
+        check_image_size(status.st_size)
         return Path(path).read_bytes()
-
-    def _check_size(self, size: int) -> None:
-        if size > MAX_IMAGE_BYTES:
-            raise BadRecord("file too large", f"{size:,} bytes, at most {MAX_IMAGE_BYTES:,}")
 
     def open_text(self, name: str) -> io.TextIOWrapper:
         """A text file, on disk or else in the archive; what is not UTF-8 becomes surrogates."""
@@ -167,6 +155,17 @@ def _list(folder: str) -> list[str]:
     return sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(folder))
 
 
+def check_image_size(size: int) -> None:
+    """Raises BadRecord for an encoded image of more than MAX_IMAGE_BYTES."""
+    if size > MAX_IMAGE_BYTES:
+        raise BadRecord("file too large", f"{size:,} bytes, at most {MAX_IMAGE_BYTES:,}")
+
+
+def is_safe(name: str) -> bool:
+    """Whether a path does not lead out of the folder that it is relative to."""
+    return not (name.startswith("/") or ".." in name.split("/") or "\0" in name)
+
+
 def is_utf8(text: str) -> bool:
     """False with surrogates in it, from `Files.open_text`, file names or JSON's escapes."""
     try:
@@ -177,14 +176,10 @@ def is_utf8(text: str) -> bool:
 
 
 class Captions:
-    """Collects captions by image, in the order in which the images are first named.
-
-    Args:
-      synthetic: whether every image needs a synthetic caption too.
-    """
+    """Collects captions by image, in the order in which the images are first named."""
 
     def __init__(self, synthetic: bool):
-        self.needs_synthetic = synthetic
+        self.needs_synthetic = synthetic  # every image, beside its captions
         self.by_key: dict[str, list[str]] = {}
         self.synthetic: dict[str, list[str]] = {}
         self.refused: list[Refusal] = []
@@ -192,9 +187,7 @@ class Captions:
     def refuse(self, key: str, reason: str, detail: str) -> None:
         self.refused.append(refusal(key, BadRecord(reason, detail)))
 
-    def add(
-        self, line: str, key: str, captions: Sequence[str], synthetic: Sequence[str] = ()
-    ) -> None:
+    def add(self, line: str, key: str, captions: Sequence[str], synthetic: Sequence[str]) -> None:
         texts = (key, *captions, *synthetic)
         if not all(map(is_utf8, texts)):
             self.refuse(line, "not UTF-8", f"image {key!r}")
@@ -239,65 +232,54 @@ def _lines(stream: TextIO, name: str) -> Iterator[str]:
         yield line
 
 
-def csv_rows(
-    stream: TextIO,
-    name: str,
-    columns: Mapping[str, str],
-    refuse: Callable[[str, str, str], None],
-    delimiter: str = ",",
-) -> Iterator[tuple[str, list[str]]]:
-    """The rows of a CSV file with a header, as "line <number>" and the values of some columns.
+def csv_table(
+    stream: TextIO, name: str, refuse: Refuse, delimiter: str = ","
+) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
+    """The header of a CSV file, and its rows, as "line <number>" and {column: value}.
 
-    Args:
-      stream: the file.
-      name: what messages call it, such as "--captions rows.csv".
-      columns: {the flag that names a column: the column}.
-      refuse: called with line, reason and detail of a row that cannot be used.
-      delimiter: between the values of a row.
-
-    Raises:
-      InputError: it lacks one of the columns, or is no text.
+    `name` is what messages call it, such as "--captions rows.csv"; `refuse` is told of each row
+    that cannot be used. Raises InputError if it is no text, also while the rows are read.
     """
     rows = csv.reader(_lines(stream, name), delimiter=delimiter, strict=True)
     try:
         header = next(rows, [])
     except csv.Error as error:
         raise InputError(f"{name}: not CSV ({error})") from None
+    places = {column: header.index(column) for column in header}
+
+    def whole_rows() -> Iterator[tuple[str, dict[str, str]]]:
+        while True:
+            first = rows.line_num + 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                # An open quote swallows the lines that follow, hence the range.
+                refuse(f"lines {first}-{rows.line_num}", "bad row", str(error))
+                continue
+            if len(row) == len(header):
+                yield f"line {first}", {column: row[place] for column, place in places.items()}
+            elif row:  # and not just a blank line
+                detail = f"{len(row)} fields, but {len(header)} columns"
+                refuse(f"line {first}", "bad row", detail)
+
+    return header, whole_rows()
+
+
+def check_columns(name: str, columns: Mapping[str, str], present: Sequence[str]) -> None:
+    """Raises InputError unless `present` has all of {the flag that names a column: the column}."""
     for flag, column in columns.items():
-        if column not in header:
+        if column not in present:
             raise InputError(
-                f"{name}: no column {column!r} among {header}; name the right one with {flag}"
+                f"{name}: no column {column!r} among {present}; name the right one with {flag}"
             )
-    places = [header.index(column) for column in columns.values()]
-    while True:
-        first = rows.line_num + 1
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            # An open quote swallows the lines that follow, hence the range.
-            refuse(f"lines {first}-{rows.line_num}", "bad row", str(error))
-            continue
-        if len(row) == len(header):
-            yield f"line {first}", [row[place] for place in places]
-        elif row:  # and not just a blank line
-            detail = f"{len(row)} fields, but {len(header)} columns"
-            refuse(f"line {first}", "bad row", detail)
 
 
 def jsonl_rows(
-    stream: TextIO, name: str, fields: Sequence[str], refuse: Callable[[str, str, str], None]
+    stream: TextIO, name: str, fields: Sequence[str], refuse: Refuse
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file with one a line, as "line <number>" and the object.
-
-    Args:
-      stream, name, refuse: see `csv_rows`.
-      fields: an object without texts of these names is refused.
-
-    Raises:
-      InputError: it is no text.
-    """
+    """As `csv_table`, of a JSON object a line; one without texts in `fields` is refused."""
     for number, text in enumerate(_lines(stream, name), start=1):
         line = f"line {number}"
         if not text.strip():
@@ -316,66 +298,46 @@ def jsonl_rows(
 
 
 def index_csv(
-    files: Files,
-    path: str,
-    image_column: str,
-    caption_column: str,
-    synthetic_column: str | None = None,
+    files: Files, path: str, image: str, caption: str, synthetic: str | None = None
 ) -> Index:
-    """CSV with a header; all rows of an image make one item.
-
-    Raises:
-      InputError: no such file, or it lacks one of the columns.
-    """
-    columns = {"--image-column": image_column, "--caption-column": caption_column}
-    if synthetic_column is not None:
-        columns["--synthetic-column"] = synthetic_column
-    captions = Captions(synthetic=synthetic_column is not None)
+    """CSV with a header, by the names of its columns; all rows of an image make one item."""
+    columns = {"--image-column": image, "--caption-column": caption}
+    if synthetic is not None:
+        columns["--synthetic-column"] = synthetic
+    captions = Captions(synthetic=synthetic is not None)
     with files.open_text(path) as stream:
-        for line, texts in csv_rows(stream, f"--captions {path}", columns, captions.refuse):
-            key, caption, *synthetic = texts
-            captions.add(line, key, [caption], synthetic)
+        header, rows = csv_table(stream, f"--captions {path}", captions.refuse)
+        check_columns(f"--captions {path}", columns, header)
+        for line, row in rows:
+            written = [] if synthetic is None else [row[synthetic]]
+            captions.add(line, row[image], [row[caption]], written)
     return captions.index()
 
 
 def index_jsonl(
-    files: Files,
-    path: str,
-    image_field: str,
-    caption_field: str,
-    synthetic_field: str | None = None,
+    files: Files, path: str, image: str, caption: str, synthetic: str | None = None
 ) -> Index:
-    """A JSON object a line, an item each; a second one of the same image is refused.
-
-    Raises:
-      InputError: no such file.
-    """
-    captions = Captions(synthetic=synthetic_field is not None)
-    fields = (image_field, caption_field)
+    """A JSON object a line, by its fields, an item each; another of the same image is refused."""
+    captions = Captions(synthetic=synthetic is not None)
     with files.open_text(path) as stream:
-        for line, row in jsonl_rows(stream, f"--captions {path}", fields, captions.refuse):
-            key, synthetic = row[image_field], row.get(synthetic_field)
-            if synthetic is not None and not isinstance(synthetic, str):
-                captions.refuse(line, "bad row", f"{synthetic_field!r} is no text")
+        rows = jsonl_rows(stream, f"--captions {path}", (image, caption), captions.refuse)
+        for line, row in rows:
+            key, written = row[image], row.get(synthetic)
+            if written is not None and not isinstance(written, str):
+                captions.refuse(line, "bad row", f"{synthetic!r} is no text")
             elif key in captions.by_key:
                 captions.refuse(key, "duplicate key", line)
             else:
-                captions.add(line, key, [row[caption_field]], [synthetic or ""])
+                captions.add(line, key, [row[caption]], [written or ""])
     return captions.index()
 
 
 def index_imagefolder(
-    files: Files,
-    templates: Sequence[str],
-    classes: str | None,
-    synthetic_templates: Sequence[str] = (),
+    files: Files, templates: Sequence[str], classes: str | None, synthetic: Sequence[str] = ()
 ) -> Index:
     """Folders of images, one a class. The captions of an image are the templates, with the
     readable name of its class for {}, and so are its synthetic ones. Items are sorted by label,
     then by name.
-
-    Raises:
-      InputError: no images in class folders; or see `read_class_names`.
     """
     members: dict[str, list[str]] = {}  # class folder -> keys
     refused, seen = [], set()
@@ -407,11 +369,11 @@ def index_imagefolder(
     names = read_class_names(classes, sorted(members))
     items = []
     for label, (folder, readable) in enumerate(names.items()):
-        captions, synthetic = (
+        captions, written = (
             [template.replace("{}", readable) for template in several]
-            for several in (templates, synthetic_templates)
+            for several in (templates, synthetic)
         )
-        items += [Item(key, captions, label, synthetic) for key in members[folder]]
+        items += [Item(key, captions, label, written) for key in members[folder]]
     return Index(items, refused, list(names.values()))
 
 
@@ -420,10 +382,8 @@ def read_class_names(path: str | None, folders: Sequence[str]) -> dict[str, str]
 
     Without a file, underscores become spaces. A file has one class a line: either every line is
     "folder<TAB>readable name" (or = for the TAB), or the lines are the readable names in the order
-    of `folders`.
-
-    Raises:
-      InputError: the file and the folders do not match, or two classes have the same name.
+    of `folders`. Raises InputError if the file and the folders do not match, or two classes have
+    the same name.
     """
     if path is None:
         names = {folder: folder.replace("_", " ") for folder in folders}

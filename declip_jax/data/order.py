@@ -5,7 +5,7 @@ import functools
 import grain
 import numpy as np
 
-from declip_jax.data.sources.base import Source
+from declip_jax.data.sources.base import Source, find
 from declip_jax.data.sources.mixture import Mixture
 
 
@@ -14,10 +14,6 @@ class Order:
 
     What sample n is follows from the source, the weights of its mixture, the seed and n alone, and
     is found without the samples before it.
-
-    Args:
-      source: one source, or a Mixture of several.
-      seed: of all permutations.
     """
 
     def __init__(self, source: Source, seed: int):
@@ -36,10 +32,7 @@ class Order:
             self._before[slots == number] = np.arange(count)
         self._lengths = [len(part) for part in parts]
         self._firsts = [sum(self._lengths[:number]) for number in range(len(parts))]
-        self._orders = [
-            shuffle(part, seed) if number == 0 else shuffle(part, _fold(seed, number))
-            for number, part in enumerate(parts)
-        ]
+        self._orders = [shuffle(part, _fold(seed, number)) for number, part in enumerate(parts)]
 
     def __getitem__(self, sample: int) -> int:
         turn, slot = divmod(sample, len(self._slots))
@@ -62,19 +55,17 @@ def shuffle(source: Source, seed: int):
 
 
 def _fold(seed: int, number: int) -> int:
+    """The seed of a source of a mixture; that of the first, or of one alone, is the run's."""
+    if number == 0:
+        return seed
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
 class BlockShuffle:
     """As a shuffle of all records, but with those of a block at nearly the same time.
 
-    Each epoch permutes the blocks, takes so many of them at a time, and permutes their records.
-
-    Args:
-      blocks: first record of each, ascending from 0.
-      length: records.
-      together: blocks at a time.
-      seed: of all permutations.
+    Each epoch permutes the blocks, takes `together` of them at a time, and permutes their records.
+    `blocks` has the first record of each, ascending from 0, and `length` is of all.
     """
 
     def __init__(self, blocks: np.ndarray, length: int, together: int, seed: int):
@@ -91,8 +82,8 @@ class BlockShuffle:
     def __getitem__(self, place: int) -> int:
         epoch, place = divmod(place, self._length)
         _, starts = self._epoch(epoch)
-        window = int(np.searchsorted(starts, place, side="right")) - 1
-        return int(self._window(epoch, window)[place - starts[window]])
+        window, place = find(starts, place)
+        return int(self._window(epoch, window)[place])
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of the blocks, and the first place of each window of them."""

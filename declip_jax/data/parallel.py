@@ -71,13 +71,12 @@ class Progress:
 def parallel(
     work: Callable[[Job, Tick], Result], jobs: Sequence[Job], workers: int, progress: Progress
 ) -> Iterator[tuple[Job, Result]]:
-    """Yields each job with work(job, tick), in any order.
+    """Yields each job with work(job, tick), in any order; the ticks advance `progress`.
 
     Args:
       work: goes to each process once, pickled; with one worker it is called in this process.
       jobs: pickled, one at a time.
       workers: processes, at most.
-      progress: advanced by the ticks.
 
     Raises:
       InputError: a worker process was killed.

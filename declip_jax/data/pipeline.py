@@ -6,6 +6,7 @@ of processes, or where a run was interrupted.
 """
 
 import contextlib
+import dataclasses
 import faulthandler
 import functools
 import sys
@@ -25,6 +26,7 @@ from declip_jax.data.parallel import cores, follow_parent, iterate, pool
 from declip_jax.data.records import BadRecord
 from declip_jax.data.reports import BadRecords, Busy, InHand, Report
 from declip_jax.data.sources import Mixture, Source
+from declip_jax.data.sources.base import first_record
 from declip_jax.data.text import augment, load_synonyms, mask_tokens
 from declip_jax.data.tokenizer import Tokenizer
 
@@ -57,19 +59,16 @@ def train_batches(
     """Batches without end, made ahead of use.
 
     A batch may cross the end of an epoch: no record is left out, and a source smaller than a batch
-    comes more than once in it. A record that cannot be used is replaced by another of the same
-    source, which follows from the seed and the sample's number.
+    comes more than once in it. A record that cannot be used is replaced by another of its source.
 
     Args:
-      source: where the records come from.
-      data: how they are read; what it says of sources is not heeded here.
+      data: how the source is read; what it says of sources is not heeded here.
       image_views: V objects with the crop_scale and crop_ratio of `random_resized_crop`.
       text_views: T different names of TEXT_VIEWS.
       resolution: R, pixels.
       context: tokens of the longest caption.
       batch_size: samples a step, over all shards together.
       seed: of the order and of all that is drawn.
-      tokenizer: of captions.
       start_sample: samples used before; the first batch starts with this one.
       shard: (index, count): this process' part of every batch.
       padded: L is the context as it is. Otherwise it is the first of `data.token_lengths` below the
@@ -93,7 +92,14 @@ def train_batches(
         raise ValueError(f"{source} is empty.")
     if "synthetic" in text_views:
         for part in source.sources if isinstance(source, Mixture) else (source,):
-            _check_synthetic(part)
+            record = first_record(part)
+            if record is not None and "synthetic" not in record:
+                raise ValueError(
+                    f"{part} has no synthetic captions, which this method learns from: name them "
+                    "in config.data.columns.synthetic, or prepare the data set again with "
+                    "--synthetic-column, --synthetic-field or --synthetic-template, or with python "
+                    "-m declip_jax.prepare captions."
+                )
     if seed < 0:
         raise ValueError(f"seed={seed} must be at least 0.")
     part, count = shard
@@ -107,7 +113,7 @@ def train_batches(
 
     threads = data.threads or cores() // max(1, data.workers) + 2
     share = batch_size // count
-    in_hand = InHand(threads) if data.workers else None
+    in_hand = InHand() if data.workers else None
     samples = Samples(source, data, seed, image_views, text_views, tokenizer, in_hand)
 
     def make_batch(step: int) -> tuple[dict[str, np.ndarray], Report]:
@@ -146,78 +152,64 @@ def train_batches(
     )
     bad_records = BadRecords(source, data.max_bad_fraction, data.bad_window, log)
     processes = max(data.workers, 1) * count
-    return TrainBatches(dataset, source, bad_records, in_hand, processes)
+    return TrainBatches(iterate(dataset), source, bad_records, in_hand, processes)
 
 
 class Sample(NamedTuple):
-    """What `Samples.draw` gives beside the images.
+    """What `Samples.draw` gives beside the images."""
 
-    Attributes:
-      texts: of the text views, in their order; "masked" is still whole.
-      rng: from which the tokens that "masked" hides are drawn next.
-      image_bytes: size of the encoded image.
-      bad: (index, reason, message) of records that could not be used.
-    """
-
-    texts: list[str]
-    rng: np.random.Generator
-    image_bytes: int
-    bad: list[tuple[int, str, str]]
+    texts: list[str]  # of the text views, in their order; "masked" is still whole
+    rng: np.random.Generator  # from which the tokens that "masked" hides are drawn next
+    image_bytes: int  # encoded
+    bad: list[tuple[int, str, str]]  # index, reason and message of records that cannot be used
 
 
+@dataclasses.dataclass
 class Samples:
     """Sample number -> its images and texts, a function of the seed, the source and the number.
 
-    Args:
-      source, data, seed, image_views, text_views, tokenizer: see `train_batches`.
-      in_hand: told which records are being read.
-
-    Raises:
-      ValueError: no file of the synonyms that a text view needs.
+    What is not told here is as for `train_batches`. Raises ValueError if there is no file of the
+    synonyms that a text view needs.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        data: Data,
-        seed: int,
-        image_views: Sequence[Any],
-        text_views: Sequence[str],
-        tokenizer: Tokenizer,
-        in_hand: InHand | None = None,
-    ):
-        self._source, self._seed, self._order = source, seed, Order(source, seed)
-        self._image_views, self._text_views = image_views, text_views
-        self._data, self._tokenizer, self._in_hand = data, tokenizer, in_hand
-        self._replaces_words = "augmented" in text_views and "synonym" in data.eda
+    source: Source
+    data: Data
+    seed: int
+    image_views: Sequence[Any]
+    text_views: Sequence[str]
+    tokenizer: Tokenizer
+    in_hand: InHand | None = None  # told which records are being read
+
+    def __post_init__(self):
+        self._order = Order(self.source, self.seed)
         self._synonyms()
 
     def _synonyms(self) -> dict[str, list[str]]:
         # Not kept here: workers are sent this object, and read the file once each.
-        return load_synonyms(self._data.synonyms) if self._replaces_words else {}
+        replaces_words = "augmented" in self.text_views and "synonym" in self.data.eda
+        return load_synonyms(self.data.synonyms) if replaces_words else {}
 
     def draw(self, number: int, images: np.ndarray) -> Sample:
         """Fills uint8 `images` [V, R, R, 3] with the sample's views, and returns its texts.
 
-        Raises:
-          ValueError: neither its record nor those in place of it can be used, or reading one failed
-            for a reason that may pass.
+        Raises ValueError if neither its record nor those in place of it can be used, or reading one
+        failed for a reason that may pass.
         """
-        source, bad, synonyms = self._source, [], self._synonyms()
+        source, bad, synonyms = self.source, [], self._synonyms()
         for attempt in range(_ATTEMPTS):
             index = self._order.replacement(number, attempt) if attempt else self._order[number]
-            rng = np.random.default_rng((self._seed, number))
+            rng = np.random.default_rng((self.seed, number))
             try:
-                with self._in_hand(index) if self._in_hand else contextlib.nullcontext():
+                with self.in_hand(index) if self.in_hand else contextlib.nullcontext():
                     record = source[index]
                     image = record["image"]
-                    images[:] = random_resized_crop(image, self._image_views, rng, images.shape[1])
+                    images[:] = random_resized_crop(image, self.image_views, rng, images.shape[1])
                     caption = _draw(record["captions"], rng)
                     texts = {"caption": caption, "masked": caption}
-                    if "augmented" in self._text_views:
-                        clean = self._tokenizer.clean(caption)
-                        texts["augmented"] = augment(clean, self._data.eda, synonyms, rng)
-                    if "synthetic" in self._text_views:
+                    if "augmented" in self.text_views:
+                        clean = self.tokenizer.clean(caption)
+                        texts["augmented"] = augment(clean, self.data.eda, synonyms, rng)
+                    if "synthetic" in self.text_views:
                         texts["synthetic"] = _draw(record["synthetic"], rng)
             except ValueError as error:
                 reason = error.reason if isinstance(error, BadRecord) else "unreadable image"
@@ -228,13 +220,14 @@ class Samples:
                     f"{source.locate(index)}: reading it failed with {error!r}."
                 ) from error
             size = len(image) if isinstance(image, bytes) else image.nbytes
-            return Sample([texts[name] for name in self._text_views], rng, size, bad)
+            return Sample([texts[name] for name in self.text_views], rng, size, bad)
         raise ValueError(
             f"{_ATTEMPTS} records of {source} in a row cannot be used, the last of them "
             f"{source.locate(index)}: {bad[-1][-1]}."
         )
 
 
+@dataclasses.dataclass(eq=False)
 class TrainBatches(Iterator[dict[str, np.ndarray]]):
     """The batches of `train_batches`. Close it in the end; after an error it has ended.
 
@@ -242,35 +235,30 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
     system does not give, and for a worker that was killed, with the records that it had in hand.
     """
 
-    def __init__(
-        self,
-        dataset: grain.IterDataset,
-        source: Source,
-        bad: BadRecords,
-        in_hand: InHand | None,
-        processes: int,
-    ):
-        self._batches = iterate(dataset)  # starts nothing yet
-        self._source, self._bad, self._in_hand, self._processes = source, bad, in_hand, processes
-        self._reports: list[tuple[int, Report]] = []
+    batches: Iterator[tuple[dict[str, np.ndarray], Report]]
+    source: Source
+    bad: BadRecords
+    in_hand: InHand | None
+    processes: int  # that make batches, over all shards
+    reports: list[tuple[int, Report]] = dataclasses.field(default_factory=list)
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
-            batch, report = next(self._batches)
+            batch, report = next(self.batches)
         except RuntimeError as error:
-            lost = self._in_hand.of_dead_workers() if self._in_hand else []
+            lost = self.in_hand.of_dead_workers() if self.in_hand else []
             if not lost:
                 raise
-            places = "; ".join(self._source.locate(index) for index in lost)
+            places = "; ".join(self.source.locate(index) for index in lost)
             raise ValueError(
                 f"{error} It had in hand: {places}. If memory ran out, use fewer "
                 "config.data.workers or config.data.threads; else one of these records crashes the "
                 "decoder: prepare the data without it."
             ) from error
         samples = len(batch["image"])
-        self._reports.append((samples, report))
+        self.reports.append((samples, report))
         try:
-            self._bad.add(samples, report.bad)
+            self.bad.add(samples, report.bad)
         except ValueError:
             self.close()
             raise
@@ -284,25 +272,25 @@ class TrainBatches(Iterator[dict[str, np.ndarray]]):
           data/image_bytes: mean size of an encoded image.
           data/bad_share: records that had to be replaced, and data/bad/<reason>: how many.
         """
-        if not self._reports:
+        if not self.reports:
             return {}
-        samples = sum(count for count, _ in self._reports)
-        reports = [report for _, report in self._reports]
+        samples = sum(count for count, _ in self.reports)
+        reports = [report for _, report in self.reports]
         reasons = Counter(
             reason.replace(" ", "_") for report in reports for _, reason, _ in report.bad
         )
-        self._reports = []
+        self.reports = []
         return {
-            "data/pairs_per_s": samples / sum(r.seconds for r in reports) * self._processes,
+            "data/pairs_per_s": samples / sum(r.seconds for r in reports) * self.processes,
             "data/image_bytes": sum(r.image_bytes for r in reports) / samples,
             "data/bad_share": reasons.total() / samples,
             **{f"data/bad/{reason}": count for reason, count in reasons.items()},
         }
 
     def close(self) -> None:
-        self._batches.close()
-        if self._in_hand:
-            self._in_hand.close()
+        self.batches.close()
+        if self.in_hand:
+            self.in_hand.close()
 
 
 def digest(source: Source) -> str:
@@ -310,25 +298,11 @@ def digest(source: Source) -> str:
     return digests.digest(source.layout())
 
 
-def _check_synthetic(source: Source) -> None:
-    for index in range(min(len(source), _ATTEMPTS)):
-        with contextlib.suppress(BadRecord):
-            if "synthetic" in source[index]:
-                return
-            raise ValueError(
-                f"{source} has no synthetic captions, which this method learns from: name them in "
-                "config.data.columns.synthetic, or prepare the data set again with "
-                "--synthetic-column, --synthetic-field or --synthetic-template, or with python -m "
-                "declip_jax.prepare captions."
-            )
-
-
 def _draw(texts: Sequence[str], rng: np.random.Generator) -> str:
     return texts[rng.integers(len(texts))]
 
 
-def _start_worker(index: int, count: int) -> None:
-    del index, count
+def _start_worker(*_: int) -> None:
     follow_parent()
     faulthandler.enable()
 

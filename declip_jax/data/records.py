@@ -42,15 +42,7 @@ class SplitSize(NamedTuple):
 def features(
     class_names: Sequence[str] = (), synthetic: bool = False
 ) -> tfds.features.FeaturesDict:
-    """The TFDS schema of a record; with class names, it also has a label.
-
-    Args:
-      class_names: by label; empty without classes.
-      synthetic: whether records have synthetic captions too.
-
-    Raises:
-      ValueError: two classes have the same name.
-    """
+    """The TFDS schema of a record, labeled if there are class names; ValueError for equal ones."""
     import tensorflow_datasets as tfds
 
     schema = {
@@ -135,19 +127,16 @@ def write_metadata(
     template = tfds.core.ShardedFileTemplate(
         data_dir=Path(directory), dataset_name=name, filetype_suffix="array_record"
     )
-    info.set_splits(
-        tfds.core.SplitDict(
-            [
-                tfds.core.SplitInfo(
-                    name=split,
-                    shard_lengths=list(size.shard_lengths),
-                    num_bytes=size.num_bytes,
-                    filename_template=template.replace(split=split),
-                )
-                for split, size in splits.items()
-            ]
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=list(size.shard_lengths),
+            num_bytes=size.num_bytes,
+            filename_template=template.replace(split=split),
         )
-    )
+        for split, size in splits.items()
+    ]
+    info.set_splits(tfds.core.SplitDict(infos))
     with tempfile.TemporaryDirectory(dir=scratch or directory) as folder:
         info.write_to_directory(folder)
         # dataset_info.json last: without it, TFDS sees no data set.

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import itertools
 import os
 import shutil
 import tempfile
@@ -58,102 +57,74 @@ class Busy:
 class InHand:
     """The records that worker processes have in hand, known even when one is killed.
 
-    Each worker keeps them in a file of its own, mapped into its memory: writing costs nothing, and
-    what was written outlives it. Can be pickled.
-
-    Args:
-      threads: that read records in each worker.
+    Each thread keeps its one in a file, mapped into memory: writing costs nothing, and what was
+    written outlives the process. Can be pickled.
     """
 
-    def __init__(self, threads: int):
-        self._threads = threads
+    def __init__(self):
         self._folder = tempfile.mkdtemp(prefix="declip_jax_workers_")
 
     @contextlib.contextmanager
     def __call__(self, index: int) -> Iterator[None]:
         """This thread has record `index` in hand."""
-        slots = _slots(self._folder, self._threads)
-        if not hasattr(_thread, "number"):
-            _thread.number = next(_numbers) % self._threads
-        slots[_thread.number] = index + 1
+        if getattr(_thread, "folder", None) != self._folder:
+            path = os.path.join(self._folder, f"{os.getpid()}-{threading.get_ident()}")
+            _thread.folder, _thread.file = self._folder, np.memmap(path, np.int64, "w+", shape=1)
+        _thread.file[0] = index + 1
         try:
             yield
         finally:
-            slots[_thread.number] = 0
+            _thread.file[0] = 0
 
     def of_dead_workers(self) -> list[int]:
         """The records that processes had in hand that are no more."""
         found = set()
         for name in os.listdir(self._folder):
-            if not _is_alive(int(name)):
-                slots = np.fromfile(os.path.join(self._folder, name), np.int64)
-                found.update((slots[slots > 0] - 1).tolist())
+            if not _is_alive(int(name.partition("-")[0])):
+                number = np.fromfile(os.path.join(self._folder, name), np.int64)
+                found.update((number[number > 0] - 1).tolist())
         return sorted(found)
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-_lock = threading.Lock()
-_files: dict[str, np.memmap] = {}
-_thread, _numbers = threading.local(), itertools.count()
-
-
-def _slots(folder: str, threads: int) -> np.memmap:
-    with _lock:
-        if folder not in _files:
-            path = os.path.join(folder, str(os.getpid()))
-            _files[folder] = np.memmap(path, np.int64, "w+", shape=threads)
-        return _files[folder]
+_thread = threading.local()  # its file: the number of the record in hand plus one, or 0
 
 
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:  # one of another user may not be sent signals
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
 class BadRecords:
-    """Counts the records that cannot be used, names the first, and ends a run that has too many.
-
-    Args:
-      source: whose records they are.
-      most: share of the samples of a window.
-      window: samples.
-      log: takes a line for the user.
+    """Counts the records of a source that cannot be used, names the first, and ends a run that has
+    too many: more than the share `most` of the last `window` samples. `log` takes lines.
     """
 
     def __init__(self, source: Source, most: float, window: int, log: Callable[[str], Any]):
         self._source, self._most, self._window, self._log = source, most, window, log
         self._recent: collections.deque[tuple[int, int]] = collections.deque()  # samples, bad ones
-        self._samples = self._bad = self._named = 0
+        self._named = 0
 
     def add(self, samples: int, bad: list[tuple[int, str, str]]) -> None:
-        """Counts a batch.
-
-        Raises:
-          ValueError: the share is exceeded.
-        """
+        """Counts a batch; raises ValueError if the share is exceeded."""
         for index, _, details in bad[: _NAMED - self._named]:
             self._log(f"Cannot use {self._source.locate(index)}: {details}. Another replaces it.")
             self._named += 1
             if self._named == _NAMED:
                 self._log("Further records that cannot be used are only counted.")
         self._recent.append((samples, len(bad)))
-        self._samples += samples
-        self._bad += len(bad)
-        while self._samples - self._recent[0][0] >= self._window:
-            old_samples, old_bad = self._recent.popleft()
-            self._samples -= old_samples
-            self._bad -= old_bad
-        if self._bad > self._most * max(self._window, self._samples):
+        while sum(count for count, _ in self._recent) - self._recent[0][0] >= self._window:
+            self._recent.popleft()
+        samples, refused = map(sum, zip(*self._recent, strict=True))
+        if refused > self._most * max(self._window, samples):
             index, _, details = bad[-1]
             raise ValueError(
-                f"{self._bad} records of the last {self._samples:,} samples of {self._source} "
+                f"{refused} records of the last {samples:,} samples of {self._source} "
                 f"cannot be used, more than config.data.max_bad_fraction={self._most} of a window "
                 f"of config.data.bad_window={self._window:,}; the last is "
                 f"{self._source.locate(index)}: {details}. Mend the data (python -m "

@@ -228,9 +228,7 @@ _OUTLINES = {
     "star": _polygons(sum(zip(_arc(5, 1.1), _arc(5, 0.46, -54, 306), strict=True), ())),
     "heart": _polygons([(x / 16.5, y / 15) for x, y in _HEART]),
     "ring": _polygons(_arc(32, 1.05), _arc(32, 0.5)),
-    "crescent": _polygons(
-        _arc(32, 1.05, 50, 310, x=0.15) + _arc(24, 0.835, 285.6, 74.4, x=0.6),
-    ),
+    "crescent": _polygons(_arc(32, 1.05, 50, 310, x=0.15) + _arc(24, 0.835, 285.6, 74.4, x=0.6)),
     "cross": _polygons(_box(0, 0, 0.34, 1), _box(-0.67, 0, 0.33, 0.34), _box(0.67, 0, 0.33, 0.34)),
     "arrow": _polygons(
         [(-1.05, -0.3), (0, -0.3), (0, -0.85), (1.05, 0), (0, 0.85), (0, 0.3), (-1.05, 0.3)]
@@ -312,12 +310,8 @@ class Scenes(Source):
             raise ValueError(
                 f"scenes need a size of at least 16 pixels to be told apart, not {size}"
             )
-        self.split = name
-        self.size = size
+        self.split, self.size, self.name = name, size, f"scenes {name!r}"
         self.class_names = CLASS_NAMES if name == "zeroshot" else ()
-
-    def __str__(self) -> str:
-        return f"scenes {self.split!r}"
 
     def __len__(self) -> int:
         return self._length
@@ -326,8 +320,7 @@ class Scenes(Source):
         return [self.split, len(self)]
 
     def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} outside the {len(self)} scenes of {self.split!r}")
+        self._check(index)
         # Made in half the time of a NumPy generator, and its draws of single numbers are fast.
         rng = random.Random(f"{self.split} {index}")
         scene = describe(self.split, index, rng)

@@ -31,14 +31,8 @@ def mask_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hides tokens of a caption for masked language modeling (Devlin et al., arXiv:1810.04805).
 
-    Each token between start and end is chosen with probability `rate`. Of the chosen ones 80 %
-    become the mask, 10 % a random ordinary id, and 10 % stay.
-
-    Args:
-      tokens: int32 [L], as `tokenizer` encodes them.
-      rate: 0 … 1.
-      tokenizer: its ids from `start` on are not ordinary.
-      rng: source of all randomness.
+    Each of `tokens`, int32 [L], between start and end is chosen with probability `rate`. Of the
+    chosen ones 80 % become the mask, 10 % a random ordinary id, one below `start`, and 10 % stay.
 
     Returns:
       The masked tokens, int32 [L], and the labels, int32 [L]: the true id where a token was chosen,
@@ -66,13 +60,8 @@ def augment(
 
     "synonym" replaces one word that is not a stop word by one of its synonyms; "swap" exchanges two
     words; "delete" drops each word with probability DELETED, but never all. A caption without a
-    word to replace, or of a single word, may come through as it is.
-
-    Args:
-      caption: a clean text, see `Tokenizer.clean`.
-      operations: some of `options.EDA`.
-      synonyms: see `load_synonyms`; only for "synonym".
-      rng: source of all randomness.
+    word to replace, or of a single word, may come through as it is. It is a clean text, see
+    `Tokenizer.clean`.
     """
     words = caption.split()
     operation = operations[rng.integers(len(operations))]
@@ -98,11 +87,7 @@ def augment(
 
 @functools.cache
 def load_synonyms(path: str) -> dict[str, list[str]]:
-    """{word: its synonyms}, as `prepare synonyms` wrote it; read once in each process.
-
-    Raises:
-      ValueError: no such file, or not one of synonyms.
-    """
+    """{word: its synonyms}, read once in each process; ValueError unless `prepare` wrote them."""
     try:
         with gzip.open(path) as file:
             synonyms = json.load(file)

@@ -56,9 +56,7 @@ class Tokenizer:
         """Token ids, int32 [N, context]: the start, the text's ids, the end, then zeros.
 
         A text that is too long is cut so that the end comes last; an empty one has no ids between.
-
-        Raises:
-          ValueError: `context` is below 3.
+        A context below 3 is a ValueError.
         """
         if context < 3:
             raise ValueError(f"context={context} must be at least 3: the start, a token, the end.")

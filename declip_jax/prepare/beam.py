@@ -13,10 +13,8 @@ from declip_jax.prepare.shards import Job, WriteShard
 def write_shards(write: WriteShard, missing: Sequence[Job], options: str) -> None:
     """Runs a pipeline with one element for each missing shard, and waits for its end.
 
-    All workers must see the output folder, and the input, under the same paths.
-
-    Raises:
-      InputError: options that Beam does not know, or a pipeline that failed.
+    All workers must see the output folder, and the input, under the same paths. Raises InputError
+    for options that Beam does not know, or a pipeline that failed.
     """
     if not missing:
         return

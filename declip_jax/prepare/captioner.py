@@ -18,7 +18,6 @@ class Captioner:
     Args:
       model: name on the Hugging Face hub, or a folder.
       device: as PyTorch calls it, "cpu" or "cuda:1".
-      max_new_tokens: of a caption.
       prompt: what the caption goes on from, as BLIP and GIT do, or answers, as LLaVA does.
 
     Raises:

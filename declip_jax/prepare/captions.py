@@ -17,7 +17,9 @@ from declip_jax.data.input_files import (
     MAX_CAPTION,
     InputError,
     Refusal,
-    csv_rows,
+    Refuse,
+    check_columns,
+    csv_table,
     is_utf8,
     jsonl_rows,
     refusal,
@@ -35,31 +37,17 @@ Captioner = Callable[[list[np.ndarray]], list[str]]
 
 
 def write_shards(write: WriteShard, missing: Sequence[Job], progress: Progress) -> None:
-    """Writes shards in this process, which has the model, with threads that decode for it."""
+    """Writes shards in this process, which loads --model, with threads that decode for it."""
+    from declip_jax.prepare.captioner import Captioner as Model  # slow to import, and an extra
+
     args = write.args
-    captioner = make_captioner(args)
+    try:
+        captioner = Model(args.model, args.device, args.max_new_tokens, args.prompt)
+    except ValueError as error:
+        raise InputError(f"--model {args.model}: {error}") from None
     with futures.ThreadPoolExecutor(args.workers) as pool:
         for path, items in missing:
             write_shard(path, _captioned(captioner, pool, write, items, progress))
-
-
-def make_captioner(args: argparse.Namespace) -> Captioner:
-    """Loads --model.
-
-    Raises:
-      InputError: it cannot be loaded.
-    """
-    try:
-        from declip_jax.prepare.captioner import Captioner  # slow to import, and an extra
-
-        return Captioner(
-            args.model,
-            device=args.device,
-            max_new_tokens=args.max_new_tokens,
-            prompt=args.prompt,
-        )
-    except ValueError as error:
-        raise InputError(f"--model {args.model}: {error}") from None
 
 
 def _captioned(
@@ -71,25 +59,24 @@ def _captioned(
 ) -> Iterator[Loaded]:
     """What `write.load` yields, with captions; the batches of a shard depend on it alone."""
 
-    def load(item: Any) -> tuple[Loaded, np.ndarray | None]:
+    def load(item: Any) -> tuple[Any, Loaded, np.ndarray | None]:
         ((record, refused),) = write.load([item], tick=lambda: None)
         try:
-            return (record, refused), None if record is None else image.decode(record["image"])
+            pixels = None if record is None else image.decode(record["image"])
+            return item, (record, refused), pixels
         except ValueError as error:  # --no-decode has not found it
             damage = BadRecord("unreadable image", str(error))
-            return (None, [*refused, (write.reader.name(item), damage)]), None
+            return item, (None, [*refused, (write.reader.name(item), damage)]), None
 
-    batch: list[tuple[Any, Loaded, np.ndarray | None]] = []
-    items = iter(items)
-    loading = collections.deque()
+    items, loading = iter(items), collections.deque()
     while True:
         # The next batch is read while the model works on this one.
         for item in itertools.islice(items, 2 * write.args.batch_size - len(loading)):
-            loading.append((item, pool.submit(load, item)))
+            loading.append(pool.submit(load, item))
+        batch = []
         while loading and len(batch) < write.args.batch_size:
-            item, future = loading.popleft()
+            batch.append(loading.popleft().result())
             progress.tick()
-            batch.append((item, *future.result()))
         if not batch:
             return
         images = [pixels for *_, pixels in batch if pixels is not None]
@@ -101,7 +88,6 @@ def _captioned(
                     nothing = BadRecord("no synthetic caption", "the model wrote nothing")
                     record, refused = None, [*refused, (write.reader.name(item), nothing)]
             yield record, refused
-        batch = []
 
 
 # From a file ------------------------------------------------------------------------------------
@@ -130,11 +116,7 @@ class Table:
 
     @classmethod
     def write(cls, args: argparse.Namespace, work: Path) -> "Table":
-        """Reads --from, unless an interrupted run has done so.
-
-        Raises:
-          InputError: no such file, another kind of file, or it lacks the columns.
-        """
+        """Reads --from, unless an interrupted run has done so; raises InputError if it cannot."""
         table = cls(work / "captions.sqlite")
         if table.path.exists():
             return table
@@ -155,16 +137,14 @@ class Table:
                     yield key, caption
 
         with replacing(table.path) as temporary:
-            with sqlite3.connect(temporary, isolation_level=None) as database:
+            with sqlite3.connect(temporary) as database:  # in one transaction
                 database.execute("PRAGMA journal_mode = OFF")  # it is thrown away if it fails
                 database.execute("PRAGMA synchronous = OFF")
-                database.execute("BEGIN")
                 database.execute("CREATE TABLE captions (key TEXT, caption TEXT)")
                 database.execute("CREATE TABLE refused (key TEXT, reason TEXT, detail TEXT)")
                 database.executemany("INSERT INTO captions VALUES (?, ?)", rows())
                 database.executemany("INSERT INTO refused VALUES (:key, :reason, :detail)", refused)
                 database.execute("CREATE INDEX by_key ON captions (key)")
-                database.execute("COMMIT")
                 (count,) = database.execute("SELECT COUNT(*) FROM captions").fetchone()
             database.close()
             np.zeros(count, bool).tofile(table._used_path)
@@ -188,9 +168,7 @@ class Table:
         return keys - int(self._used.sum()) if keys else 0
 
 
-def read_rows(
-    args: argparse.Namespace, refuse: Callable[[str, str, str], None]
-) -> Iterator[tuple[str, str, str]]:
+def read_rows(args: argparse.Namespace, refuse: Refuse) -> Iterator[tuple[str, str, str]]:
     """Yields which row it is, its key and its caption."""
     path, name = Path(args.captions), f"--from {args.captions}"
     if path.suffix == ".parquet":
@@ -198,18 +176,18 @@ def read_rows(
         return
     # What is not UTF-8 becomes surrogates, which are refused row by row.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        columns = {"--key-field": args.key_field, "--caption-field": args.caption_field}
         if path.suffix == ".csv":
-            columns = {"--key-field": args.key_field, "--caption-field": args.caption_field}
-            for line, (key, caption) in csv_rows(stream, name, columns, refuse):
-                yield line, key, caption
+            header, rows = csv_table(stream, name, refuse)
+            check_columns(name, columns, header)
         else:
-            fields = (args.key_field, args.caption_field)
-            for line, row in jsonl_rows(stream, name, fields, refuse):
-                yield line, row[args.key_field], row[args.caption_field]
+            rows = jsonl_rows(stream, name, tuple(columns.values()), refuse)
+        for line, row in rows:
+            yield line, row[args.key_field], row[args.caption_field]
 
 
 def _parquet_rows(
-    args: argparse.Namespace, name: str, refuse: Callable[[str, str, str], None]
+    args: argparse.Namespace, name: str, refuse: Refuse
 ) -> Iterator[tuple[str, str, str]]:
     import pyarrow
     import pyarrow.parquet
@@ -217,12 +195,8 @@ def _parquet_rows(
     try:
         file = pyarrow.parquet.ParquetFile(args.captions)
         columns = {"--key-field": args.key_field, "--caption-field": args.caption_field}
-        for flag, column in columns.items():
-            if column not in file.schema_arrow.names:
-                raise InputError(
-                    f"{name}: no column {column!r} among {file.schema_arrow.names}; "
-                    f"name the right one with {flag}"
-                )
+        check_columns(name, columns, file.schema_arrow.names)
+        for column in columns.values():
             kind = file.schema_arrow.field(column).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise InputError(f"{name}: column {column!r} holds {kind}, expected texts")

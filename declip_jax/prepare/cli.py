@@ -86,6 +86,10 @@ def ratio(text: str) -> float:
     return float(text)
 
 
+COUNT: dict[str, Any] = {"type": positive, "metavar": "N"}
+NAME: dict[str, Any] = {"metavar": "NAME"}
+
+
 def make_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -108,6 +112,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
     result, listed, source, columns, beam = make_parents()
     synthetic = "captions that a model wrote, for methods that read them (default: none)"
+    default = "(default: %(default)s)"
     captions = {"required": True, "metavar": "FILE", "help": "a path, or else a file in the zip"}
     add = command(
         "csv",
@@ -117,9 +122,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         *(listed, result, beam),
     )
     add("--captions", **captions)
-    add("--image-column", default="image", metavar="NAME", help="(default: image)")
-    add("--caption-column", default="caption", metavar="NAME", help="(default: caption)")
-    add("--synthetic-column", dest="synthetic", metavar="NAME", help=synthetic)
+    add("--image-column", default="image", **NAME, help=default)
+    add("--caption-column", default="caption", **NAME, help=default)
+    add("--synthetic-column", dest="synthetic", **NAME, help=synthetic)
 
     add = command(
         "imagefolder",
@@ -129,24 +134,15 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         "      --output /data/cifar10 --split test",
         *(listed, result, beam),
     )
-    add(
-        "--template",
-        action="append",
-        help="caption with {} for the name of the class; repeatable (default: a photo of a {}.)",
+    text = "caption with {} for the name of the class; repeatable (default: a photo of a {}.)"
+    add("--template", action="append", help=text)
+    several = {"dest": "synthetic", "action": "append"}
+    add("--synthetic-template", **several, metavar="TEMPLATE", help=f"the same for {synthetic}")
+    text = (
+        "readable names of the classes: lines of folder<TAB or =>name, or of names alone in the "
+        "folders' sorted order (default: the folders' names, with spaces for underscores)"
     )
-    add(
-        "--synthetic-template",
-        dest="synthetic",
-        action="append",
-        metavar="TEMPLATE",
-        help=f"the same for {synthetic}",
-    )
-    add(
-        "--classes",
-        metavar="FILE",
-        help="readable names of the classes: lines of folder<TAB or =>name, or of names alone in "
-        "the folders' sorted order (default: the folders' names, with spaces for underscores)",
-    )
+    add("--classes", metavar="FILE", help=text)
 
     add = command(
         "jsonl",
@@ -156,36 +152,34 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         *(listed, result, beam),
     )
     add("--captions", **captions)
-    add("--image-field", default="filename", metavar="NAME", help="(default: filename)")
-    add("--caption-field", default="caption", metavar="NAME", help="(default: caption)")
-    add("--synthetic-field", dest="synthetic", metavar="NAME", help=synthetic)
+    add("--image-field", default="filename", **NAME, help=default)
+    add("--caption-field", default="caption", **NAME, help=default)
+    add("--synthetic-field", dest="synthetic", **NAME, help=synthetic)
 
-    several = {"dest": "synthetic", "action": "append", "metavar": "NAME"}
-    add = command(
+    written = argparse.ArgumentParser(add_help=False)
+    written.add_argument("--synthetic-column", **several, **NAME, help=f"{synthetic}; repeatable")
+    command(
         "webdataset",
         "Tar shards, as img2dataset writes them.",
         "--source 'cc12m/{00000..01242}.tar' \\\n"
         "      --caption-column json.caption --min-side 64 \\\n"
         "      --output /data/cc12m --split train --short-side 288",
-        *(source, columns, result, beam),
+        *(source, columns, result, beam, written),
     )
-    add("--synthetic-column", **several, help=f"{synthetic}; repeatable")
-    add = command(
+    command(
         "parquet",
         "Parquet files with a column of images, as on the Hugging Face hub.",
         "--source 'pairs/train-*.parquet' \\\n"
         "      --image-column image --caption-column caption --output /data/pairs --split train",
-        *(source, columns, result, beam),
+        *(source, columns, result, beam, written),
     )
-    add("--synthetic-column", **several, help=f"{synthetic}; repeatable")
-    add = command(
+    command(
         "tfds",
         "A TFDS data set by name, prepared on this machine, or its directory.",
         "--source tfds:coco_captions --source-split train \\\n"
         "      --caption-column captions/text --output /data/coco --split train",
-        *(source, columns, result, beam),
+        *(source, columns, result, beam, written),
     )
-    add("--synthetic-column", **several, help=f"{synthetic}; repeatable")
     command(
         "array_record",
         "A directory that this program wrote, to filter it or to write it otherwise.",
@@ -206,18 +200,16 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
     formats.choices["captions"].set_defaults(beam=None)
     which = formats.choices["captions"].add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--model", metavar="NAME_OR_DIR", help="an image-to-text model of the transformers library"
-    )
-    which.add_argument(
-        "--from", dest="captions", metavar="FILE", help="a .csv, .jsonl or .parquet with captions"
-    )
+    model = "an image-to-text model of the transformers library"
+    which.add_argument("--model", metavar="NAME_OR_DIR", help=model)
+    file = "a .csv, .jsonl or .parquet with captions"
+    which.add_argument("--from", dest="captions", metavar="FILE", help=file)
     add("--device", default="cpu", help="of the model, such as cuda (default: cpu)")
-    add("--batch-size", type=positive, default=32, metavar="N", help="(default: 32)")
-    add("--max-new-tokens", type=positive, default=30, metavar="N", help="(default: 30)")
+    add("--batch-size", **COUNT, default=32, help=default)
+    add("--max-new-tokens", **COUNT, default=30, help=default)
     add("--prompt", default="", metavar="TEXT", help="how all captions begin (default: as they do)")
-    add("--key-field", default="key", metavar="NAME", help="of --from (default: key)")
-    add("--caption-field", default="caption", metavar="NAME", help="of --from (default: caption)")
+    add("--key-field", default="key", **NAME, help=f"of --from {default}")
+    add("--caption-field", default="caption", **NAME, help=f"of --from {default}")
 
     add = command(
         "verify",
@@ -240,13 +232,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def add_workers(add: Callable[..., Any]) -> None:
-    add(
-        "--workers",
-        type=positive,
-        default=os.cpu_count(),
-        metavar="N",
-        help="processes; any number gives the same result (default: %(default)s)",
-    )
+    text = "processes; any number gives the same result (default: %(default)s)"
+    add("--workers", **COUNT, default=os.cpu_count(), help=text)
 
 
 def make_parents() -> list[argparse.ArgumentParser]:
@@ -258,71 +245,42 @@ def make_parents() -> list[argparse.ArgumentParser]:
     add("--output", required=True, metavar="DIR", help="the data set; a second split joins it")
     add("--split", default="train", help="the split to write (default: train)")
     add("--name", help="of the data set (default: the last part of --output)")
-    add(
-        "--short-side",
-        type=positive,
-        metavar="N",
-        help="shrink larger images to N pixels and encode them as JPEG, quality 95 "
-        "(default: all images keep their bytes)",
-    )
-    add(
-        "--max-pixels",
-        type=positive,
-        default=image.MAX_PIXELS,
-        metavar="N",
-        help="refuse larger images, unseen but for their header (default, and most: %(default)s)",
-    )
-    add("--min-side", type=positive, metavar="N", help="refuse images with a side of fewer pixels")
-    add(
-        "--max-aspect",
-        type=ratio,
-        metavar="R",
-        help="refuse images more than R times as long as wide",
-    )
-    add("--min-words", type=positive, metavar="N", help="leave out captions of fewer words")
-    add("--max-words", type=positive, metavar="N", help="leave out captions of more words")
-    add(
-        "--language-filter",
-        choices=["declip"],
-        help="leave out captions with Chinese characters, as DeCLIP does",
-    )
+    shrink = "shrink larger images to N pixels and encode them as JPEG, quality 95 "
+    add("--short-side", **COUNT, help=f"{shrink}(default: all images keep their bytes)")
+    large = "refuse larger images, unseen but for their header (default, and most: %(default)s)"
+    add("--max-pixels", **COUNT, default=image.MAX_PIXELS, help=large)
+    add("--min-side", **COUNT, help="refuse images with a side of fewer pixels")
+    long = "refuse images more than R times as long as wide"
+    add("--max-aspect", type=ratio, metavar="R", help=long)
+    add("--min-words", **COUNT, help="leave out captions of fewer words")
+    add("--max-words", **COUNT, help="leave out captions of more words")
+    chinese = "leave out captions with Chinese characters, as DeCLIP does"
+    add("--language-filter", choices=["declip"], help=chinese)
     add("--no-decode", action="store_true", help="do not decode each image to prove it whole")
-    add(
-        "--shards", type=positive, metavar="N", help="files to write (default: by number of images)"
-    )
+    add("--shards", **COUNT, help="files to write (default: by number of images)")
     add_workers(add)
 
     add = listed.add_argument
     add("--images", required=True, metavar="FOLDER_OR_ZIP", help="where the images are")
-    add("--subfolder", default="", metavar="NAME", help="folder in --images to begin in")
+    add("--subfolder", default="", **NAME, help="folder in --images to begin in")
     listed.set_defaults(deduplicate=None)  # a list names each image once
 
     add = source.add_argument
     add("--source", required=True, help="what config.data.source may be: see docs/data.md")
-    add(
-        "--source-split",
-        default="train",
-        metavar="SPLIT",
-        help="of the source, or a part of one such as train[:90%%] (default: train)",
-    )
+    part = "of the source, or a part of one such as train[:90%%] (default: train)"
+    add("--source-split", default="train", metavar="SPLIT", help=part)
     add("--cache", default="", metavar="DIR", help="where indices of shards go")
-    add(
-        "--deduplicate",
-        action="store_true",
-        default=None,
-        help="of all records with the same key, keep the first",
-    )
-    source.set_defaults(
-        captions=None, synthetic=None, image_column=None, caption_column=None,
-        key_column=None, label_column=None,
-    )  # fmt: skip
+    first = "of all records with the same key, keep the first"
+    add("--deduplicate", action="store_true", default=None, help=first)
+    unnamed = {f"{field}_column": None for field in ("image", "caption", "key", "label")}
+    source.set_defaults(captions=None, synthetic=None, **unnamed)
 
     add = columns.add_argument
     usual = "(default: the usual names)"
-    add("--image-column", metavar="NAME", help=usual)
-    add("--caption-column", action="append", metavar="NAME", help=f"repeatable {usual}")
-    add("--key-column", metavar="NAME", help=usual)
-    add("--label-column", metavar="NAME", help="number of the class (default: none)")
+    add("--image-column", **NAME, help=usual)
+    add("--caption-column", action="append", **NAME, help=f"repeatable {usual}")
+    add("--key-column", **NAME, help=usual)
+    add("--label-column", **NAME, help="number of the class (default: none)")
 
     beam.add_argument(
         "--beam",

@@ -36,10 +36,8 @@ def prepare(args: argparse.Namespace) -> None:
 
     The finished output folder holds the shards, TFDS' metadata and, for each split, its manifest
     prepare-<split>.json and refused-<split>.jsonl. Until then the shards and what is known about
-    each are in <split>.incomplete.
-
-    Raises:
-      InputError: it cannot be done as asked; the message says what to change.
+    each are in <split>.incomplete. Raises InputError, which says what to change, if it cannot be
+    done as asked.
     """
     found = read_input(args)
     count = len(found.items)
@@ -101,14 +99,7 @@ def prepare(args: argparse.Namespace) -> None:
 def convert(
     args: argparse.Namespace, found: Input, settings: Mapping[str, Any], work: Path, listed: Path
 ) -> dict[str, Any]:
-    """Writes the shards that the folder `work` lacks, and a list of what was refused.
-
-    Returns:
-      The manifest.
-
-    Raises:
-      InputError: see `prepare`.
-    """
+    """Writes the shards that `work` lacks and a list of what was refused; returns the manifest."""
     reader, refused, table = found.reader, found.refused, None
     if args.deduplicate:
         find_duplicates(args, reader, work / "duplicates.npy")
@@ -118,14 +109,11 @@ def convert(
         reader, refused = captions.Joined(reader, table), [*refused, *table.refused()]
 
     count = len(found.items)
-    paths = [
-        work / records.shard_name(args.name, args.split, shard, args.shards)
-        for shard in range(args.shards)
-    ]
-    bounds = [count * shard // args.shards for shard in range(args.shards + 1)]
+    shards = range(args.shards)
+    paths = [work / records.shard_name(args.name, args.split, n, args.shards) for n in shards]
     missing = [
-        (path, found.items[first:last])
-        for path, first, last in zip(paths, bounds, bounds[1:], strict=False)
+        (path, found.items[count * shard // args.shards : count * (shard + 1) // args.shards])
+        for shard, path in enumerate(paths)
         if not counts_path(path).exists()
     ]
     write_shards(args, reader, missing, total=count)

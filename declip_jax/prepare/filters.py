@@ -63,10 +63,8 @@ def has_han_character(text: str) -> bool:
 def check_image(args: argparse.Namespace, encoded: bytes | np.ndarray) -> bytes:
     """The image as it came, or re-encoded if --short-side shrinks it.
 
-    An array becomes a PNG, which loses nothing.
-
-    Raises:
-      BadRecord: it is damaged, or fails a filter.
+    An array becomes a PNG, which loses nothing. Raises BadRecord if it is damaged or fails a
+    filter.
     """
     if isinstance(encoded, np.ndarray):
         encoded = cv2.imencode(".png", cv2.cvtColor(encoded, cv2.COLOR_RGB2BGR))[1].tobytes()

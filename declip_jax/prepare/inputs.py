@@ -23,6 +23,7 @@ from declip_jax.data.input_files import (
 from declip_jax.data.parallel import Progress, Tick, parallel
 from declip_jax.data.records import BadRecord, Record
 from declip_jax.data.sources import Columns, Source, open_source, paths
+from declip_jax.data.sources.base import first_record
 from declip_jax.data.sources.part import Part
 from declip_jax.data.sources.tar import key_hash
 from declip_jax.files import replacing
@@ -51,11 +52,7 @@ class Input(NamedTuple):
 
 
 def read_input(args: argparse.Namespace) -> Input:
-    """Lists or opens what --images and --captions, or --source, name.
-
-    Raises:
-      InputError: they cannot be used.
-    """
+    """Lists or opens what the flags name; raises InputError if it cannot be used."""
     return read_source(args) if "source" in args else read_listing(args)
 
 
@@ -80,23 +77,17 @@ class ListedReader(NamedTuple):
 def read_listing(args: argparse.Namespace) -> Input:
     files = Files(args.images, args.subfolder)
     if args.format == "csv":
-        index = index_csv(
-            files, args.captions, args.image_column, args.caption_column, args.synthetic
-        )
+        columns = args.image_column, args.caption_column, args.synthetic
+        index = index_csv(files, args.captions, *columns)
     elif args.format == "jsonl":
-        index = index_jsonl(
-            files, args.captions, args.image_field, args.caption_field, args.synthetic
-        )
+        fields = args.image_field, args.caption_field, args.synthetic
+        index = index_jsonl(files, args.captions, *fields)
     else:
         index = index_imagefolder(files, args.template, args.classes, args.synthetic or ())
-    return Input(
-        index.items,
-        ListedReader(files),
-        index.refused,
-        index.class_names,
-        args.synthetic is not None,
-        _sha256([item.key, item.captions, item.label, *item.synthetic] for item in index.items),
-    )
+    digest = _sha256([item.key, item.captions, item.label, *item.synthetic] for item in index.items)
+    has_synthetic = args.synthetic is not None
+    reader = ListedReader(files)
+    return Input(index.items, reader, index.refused, index.class_names, has_synthetic, digest)
 
 
 # Sources ----------------------------------------------------------------------------------------
@@ -131,7 +122,10 @@ def read_source(args: argparse.Namespace) -> Input:
     )
     try:
         source = open_source(args.source, args.source_split, columns, args.cache)
-        digest = source_digest(args, source)
+        # Changes when a shard does, as far as size and time tell: to read the contents would take
+        # as long as the conversion.
+        versions = paths.versions([*source.files, *filter(None, [args.captions])])
+        digest = _sha256([[source.layout(), source.class_names, versions]])
     except ValueError as error:
         message = str(error).replace("config.data.index_cache", "--cache")
         for field in columns.as_dict():
@@ -139,44 +133,18 @@ def read_source(args: argparse.Namespace) -> Input:
             message = message.replace(f"config.data.columns.{field}", flag)
         raise InputError(f"--source {args.source}: {message}") from None
     check_format(args, source)
-    has_synthetic = bool(columns.synthetic) or _first_has_synthetic(source)
+    has_synthetic = bool(columns.synthetic or (first_record(source) or {}).get("synthetic"))
     if args.format == "captions":  # which are to come, in place of those that there are
         reader, has_synthetic = SourceReader(source, has_synthetic=False), True
     else:
         reader = SourceReader(source, has_synthetic)
     refused, left_out = [], {}
     # Of what an index of tar shards leaves out, it has the number and the first names.
-    for reason, (count, names) in getattr(source, "refused", {}).items():
+    for reason, (count, names) in source.refused.items():
         refused += [refusal(name, BadRecord(reason, f"one of {count:,}")) for name in names]
         left_out[reason] = count - len(names)
-    return Input(
-        range(len(source)),
-        reader,
-        refused,
-        source.class_names,
-        has_synthetic,
-        digest,
-        left_out,
-    )
-
-
-def _first_has_synthetic(source: Source) -> bool:
-    for number in range(min(len(source), 10)):
-        try:
-            return bool(source[number].get("synthetic"))
-        except BadRecord:
-            continue
-    return False
-
-
-def source_digest(args: argparse.Namespace, source: Source) -> str:
-    """Changes when a shard of the source does, as far as size and time tell.
-
-    The contents are not read: that would take as long as the conversion.
-    """
-    files = [*source.files, *([args.captions] if args.captions else [])]
-    known = [source.layout(), source.class_names, paths.versions(files)]
-    return _sha256([known])
+    items, names = range(len(source)), source.class_names
+    return Input(items, reader, refused, names, has_synthetic, digest, left_out)
 
 
 def _sha256(values: Iterable[Any]) -> str:
@@ -240,7 +208,8 @@ def find_duplicates(args: argparse.Namespace, reader: SourceReader, path: Path) 
         hashes = np.zeros(len(source), np.uint64)
         jobs = [range(n, min(n + 1000, len(source))) for n in range(0, len(source), 1000)]
         progress = Progress(0, len(source), "keys")
-        for job, (part, bad) in parallel(HashKeys(source), jobs, args.workers, progress):
+        work = functools.partial(hash_keys, source)
+        for job, (part, bad) in parallel(work, jobs, args.workers, progress):
             hashes[job.start : job.stop] = part
             unreadable += bad
     order = np.argsort(hashes, kind="stable")  # the first with a key stays the first
@@ -250,16 +219,13 @@ def find_duplicates(args: argparse.Namespace, reader: SourceReader, path: Path) 
         np.save(stream, np.setdiff1d(duplicates, unreadable))
 
 
-class HashKeys(NamedTuple):
-    source: Source
-
-    def __call__(self, job: range, tick: Tick) -> tuple[np.ndarray, list[int]]:
-        """A hash of each key, uint64 [len(job)], and the numbers of those that cannot be read."""
-        hashes, unreadable = np.zeros(len(job), np.uint64), []
-        for place, number in enumerate(job):
-            tick()
-            try:
-                hashes[place] = key_hash(self.source[number]["key"])
-            except BadRecord:  # whatever hash it has, it is no duplicate
-                unreadable.append(number)
-        return hashes, unreadable
+def hash_keys(source: Source, job: range, tick: Tick) -> tuple[np.ndarray, list[int]]:
+    """A hash of each key, uint64 [len(job)], and the numbers of those that cannot be read."""
+    hashes, unreadable = np.zeros(len(job), np.uint64), []
+    for place, number in enumerate(job):
+        tick()
+        try:
+            hashes[place] = key_hash(source[number]["key"])
+        except BadRecord:  # whatever hash it has, it is no duplicate
+            unreadable.append(number)
+    return hashes, unreadable

@@ -1,6 +1,7 @@
 """What is known about the splits of a data set: prepare-<split>.json, its settings and counts."""
 
 import argparse
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -27,14 +28,11 @@ def settings_of(args: argparse.Namespace, found: Input) -> dict[str, Any]:
         "input_digest": found.digest,
     }
     for name in ("images", "source"):
-        if name in settings and not is_name(settings[name]):
-            settings[name] = os.path.abspath(settings[name])
+        place = settings.get(name, "scenes")
+        # Others mean the same in every folder.
+        if "://" not in place and not place.startswith("tfds:") and place != "scenes":
+            settings[name] = os.path.abspath(place)
     return {key: value for key, value in settings.items() if key not in INDIFFERENT}
-
-
-def is_name(source: str) -> bool:
-    """Whether it means the same in every folder."""
-    return "://" in source or source.startswith("tfds:") or source == "scenes"
 
 
 def check_settings(path: Path, settings: Mapping[str, Any], advice: str) -> None:
@@ -88,13 +86,9 @@ def read_manifests(directory: Path) -> dict[str, dict[str, Any]]:
         if "shards" not in manifest:  # written before there were checksums
             lengths = manifest.pop("shard_lengths")
             manifest["record_bytes"] = manifest.pop("bytes")
+            name = functools.partial(records.shard_name, settings["name"], settings["split"])
             manifest["shards"] = [
-                {
-                    "name": records.shard_name(
-                        settings["name"], settings["split"], shard, len(lengths)
-                    ),
-                    "records": length,
-                }
+                {"name": name(shard, len(lengths)), "records": length}
                 for shard, length in enumerate(lengths)
             ]
         found[settings["split"]] = manifest

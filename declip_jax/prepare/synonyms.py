@@ -23,10 +23,8 @@ def read_wordnet(folder: str) -> dict[str, list[str]]:
     """{word: its synonyms}, both sorted, from WordNet's data files; their format is wndb(5WN).
 
     Words share a set of synonyms in any of their meanings. Only single words in lower case are
-    taken: names are capitalized in WordNet, and would make Taiwan a synonym of china.
-
-    Raises:
-      InputError: a file is not there or is something else.
+    taken: names are capitalized in WordNet, and would make Taiwan a synonym of china. Raises
+    InputError if a file is not there or is something else.
     """
     synonyms: dict[str, set[str]] = defaultdict(set)
     for part in ("noun", "verb", "adj", "adv"):

@@ -1,10 +1,10 @@
 """Whether a data set is still what `prepare` wrote."""
 
 import argparse
-import os
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader
 from google.protobuf.message import DecodeError
@@ -19,13 +19,9 @@ SHOWN = 5  # problems of one shard that are named
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Compares the files with the manifest, prints a table and every problem.
+    """Compares the files with the manifest and prints all problems; returns 1 if there are any.
 
-    Returns:
-      0 if there is no problem, else 1.
-
-    Raises:
-      InputError: there is no such data set or split.
+    Raises InputError if there is no such data set or split.
     """
     directory = Path(args.directory)
     try:
@@ -38,14 +34,11 @@ def verify(args: argparse.Namespace) -> int:
         path = manifest_path(directory, args.split or "<split>")
         raise InputError(f"{path}: no such file; prepare writes it when a split is complete")
 
-    jobs = [
-        (directory, split, shard)
-        for split, manifest in manifests.items()
-        for shard in manifest["shards"]
-    ]
+    jobs = [(directory, split, shard) for split, m in manifests.items() for shard in m["shards"]]
     progress = Progress(0, sum(shard["records"] for *_, shard in jobs))
     found = {split: check_metadata(directory, split, m) for split, m in manifests.items()}
-    for (_, split, _), problems in parallel(CheckShard(args.decode), jobs, args.workers, progress):
+    check = functools.partial(check_shard, args.decode)
+    for (_, split, _), problems in parallel(check, jobs, args.workers, progress):
         found[split] += problems
 
     print(f"{'split':<12}{'shards':>8}{'images':>14}{'MB':>12}  result")
@@ -81,11 +74,7 @@ def check_metadata(directory: Path, split: str, manifest: Mapping[str, Any]) -> 
     has_synthetic = settings.get("synthetic") is not None
     there = info.splits[split]
     expected = {shard["name"] for shard in manifest["shards"]}
-    present = {
-        name
-        for name in os.listdir(directory)
-        if name.startswith(f"{info.name}-{split}.array_record-")
-    }
+    present = {path.name for path in directory.glob(f"{info.name}-{split}.array_record-*")}
     return [
         f"{what} {is_!r:.200}, the manifest {should!r:.200}"
         for what, is_, should in (
@@ -100,37 +89,35 @@ def check_metadata(directory: Path, split: str, manifest: Mapping[str, Any]) -> 
     ]
 
 
-class CheckShard(NamedTuple):
-    decode: bool
+def check_shard(decode: bool, job: tuple[Path, str, Mapping[str, Any]], tick: Tick) -> list[str]:
+    directory, _, shard = job
+    problems = list(_problems(decode, directory / shard["name"], shard, tick))
+    shown = [f"{shard['name']}: {problem}" for problem in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        shown.append(f"{shard['name']}: and {len(problems) - SHOWN:,} more")
+    return shown
 
-    def __call__(self, job: tuple[Path, str, Mapping[str, Any]], tick: Tick) -> list[str]:
-        directory, _, shard = job
-        problems = list(self._problems(directory / shard["name"], shard, tick))
-        shown = [f"{shard['name']}: {problem}" for problem in problems[:SHOWN]]
-        if len(problems) > SHOWN:
-            shown.append(f"{shard['name']}: and {len(problems) - SHOWN:,} more")
-        return shown
 
-    def _problems(self, path: Path, shard: Mapping[str, Any], tick: Tick) -> Iterator[str]:
-        if not path.is_file():
-            yield "missing"
+def _problems(decode: bool, path: Path, shard: Mapping[str, Any], tick: Tick) -> Iterator[str]:
+    if not path.is_file():
+        yield "missing"
+        return
+    if "sha256" in shard:
+        size = path.stat().st_size
+        if size != shard["bytes"]:
+            yield f"{size:,} bytes, the manifest {shard['bytes']:,}"
             return
-        if "sha256" in shard:
-            size = path.stat().st_size
-            if size != shard["bytes"]:
-                yield f"{size:,} bytes, the manifest {shard['bytes']:,}"
-                return
-            if sha256(path) != shard["sha256"]:
-                yield "its SHA-256 is not the manifest's"
-        reader = ArrayRecordReader(str(path))
-        count = reader.num_records()  # 0 of what is no array_record file, or has lost its end
-        if count != shard["records"]:
-            yield f"{count:,} records, the manifest {shard['records']:,}"
-        for number in range(count):
-            tick()
-            try:
-                record = records.deserialize(reader.read([number])[0])
-                if self.decode:
-                    image.decode(record["image"])
-            except (RuntimeError, ValueError, IndexError, DecodeError) as error:
-                yield f"record {number} cannot be read ({error!s:.200})"
+        if sha256(path) != shard["sha256"]:
+            yield "its SHA-256 is not the manifest's"
+    reader = ArrayRecordReader(str(path))
+    count = reader.num_records()  # 0 of what is no array_record file, or has lost its end
+    if count != shard["records"]:
+        yield f"{count:,} records, the manifest {shard['records']:,}"
+    for number in range(count):
+        tick()
+        try:
+            record = records.deserialize(reader.read([number])[0])
+            if decode:
+                image.decode(record["image"])
+        except (RuntimeError, ValueError, IndexError, DecodeError) as error:
+            yield f"record {number} cannot be read ({error!s:.200})"

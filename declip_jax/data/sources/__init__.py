@@ -134,12 +134,9 @@ def _check_no_columns(name: str, columns: Columns) -> None:
 
 def _is_prepared(directory: str) -> bool:
     """Whether it has the features that `prepare` writes, by name and kind."""
-    from tensorflow_datasets import builder_from_directory
+    from declip_jax.data.sources.prepared import open_builder
 
-    try:
-        present = builder_from_directory(directory).info.features
-    except Exception:  # of several kinds, which PreparedSource tells about
-        return True
+    present = open_builder(directory).info.features
     return all(
         name in present and present[name].get_tensor_info() == feature.get_tensor_info()
         for name, feature in records.features().items()
@@ -147,11 +144,7 @@ def _is_prepared(directory: str) -> bool:
 
 
 def open_data(data: Data) -> Source:
-    """The source that `config.data` describes: one, or a mixture of several.
-
-    Raises:
-      ValueError: see `open_source` and `Mixture`; or no source is named.
-    """
+    """The source that `config.data` describes: one, or a mixture of several; ValueError if none."""
     if data.source:
         return open_source(data.source, data.split, data.columns, data.index_cache)
     if not data.mixture:

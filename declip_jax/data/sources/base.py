@@ -1,11 +1,13 @@
 """What a source of records is."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from declip_jax.data.records import BadRecord
 from declip_jax.data.sources import paths
 
 Refused = dict[str, tuple[int, list[str]]]  # reason -> how many, and the names of the first
@@ -34,7 +36,9 @@ class Source(Protocol):
       label: int, an index into `class_names`; only if there are any.
 
     Attributes:
+      name: what messages call it.
       class_names: by label; empty without classes.
+      refused: what was left out of it.
       files: that have the records, one after the other, or nothing where there are none.
       blocks: int64, the first record of each part that is read as a whole, ascending from 0; None
         if any record can be read alone.
@@ -42,19 +46,20 @@ class Source(Protocol):
         source keeps twice as many.
     """
 
+    name: str = "source"
     class_names: tuple[str, ...] = ()
+    refused: Refused = {}
     files: Sequence[str] = ()
     blocks: np.ndarray | None = None
     blocks_together: int = 1
 
+    def __str__(self) -> str:
+        return self.name
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A record.
-
-        Raises:
-          BadRecord: this record cannot be used, though others may be.
-        """
+        """A record; raises BadRecord if this one cannot be used, though others may be."""
         ...
 
     def layout(self) -> list[Any]:
@@ -72,3 +77,21 @@ class Source(Protocol):
     def locate(self, index: int) -> str:
         """Where a record is stored, for messages: the shard, and its place or name there."""
         return f"record {index} of {self}"
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)} of {self}")
+
+
+def first_record(source: Source) -> dict[str, Any] | None:
+    """The first record that can be used; None if the first ten cannot."""
+    for index in range(min(len(source), 10)):
+        with contextlib.suppress(BadRecord):
+            return source[index]
+    return None
+
+
+def find(firsts: np.ndarray, index: int) -> tuple[int, int]:
+    """The part with a record, of parts with these first records, and the record's place in it."""
+    part = int(np.searchsorted(firsts, index, side="right")) - 1
+    return part, index - int(firsts[part])

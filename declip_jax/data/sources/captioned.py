@@ -1,15 +1,15 @@
 """Image files and their captions, which a file lists: Karpathy's splits, CSV, TSV or JSON lines."""
 
-import csv
+import functools
 import json
 import os
 import posixpath
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
 from absl import logging
 
-from declip_jax.data.input_files import MAX_LINE, Captions, Files, csv_rows, jsonl_rows
+from declip_jax.data.input_files import Captions, Files, csv_table, jsonl_rows
 from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources.base import Refused, Source, count_refused, tell_refused
@@ -45,9 +45,6 @@ class Captioned(Source):
         lines. "train" includes what Karpathy calls "restval". Without any, all images are in it.
       columns: image, captions and synthetic are columns or fields.
 
-    Attributes:
-      refused: {reason: (how many rows or images were left out, the first)}.
-
     Raises:
       ValueError: no such file or folder, a list of another kind, columns that it lacks, no such
         split in it, or none of its first 100 images in the folder.
@@ -62,14 +59,14 @@ class Captioned(Source):
                 )
         if not os.path.isfile(path):
             raise ValueError(f"{path!r}: no such file on a local disk.")
-        self._name = f"{path} {split}".rstrip()
+        self.name = f"{path} {split}".rstrip()
         self.files = [path]
         captions, others = Captions(synthetic=False), set()
-        for row in _rows(path, columns, captions):
-            if row.split is None or row.split in _PARTS.get(split, (split,)):
-                captions.add(row.where, row.image, row.captions, row.synthetic)
+        for of_split, row in _rows(path, columns, captions):
+            if of_split is None or of_split in _PARTS.get(split, (split,)):
+                captions.add(*row)
             else:
-                others.add(row.split)
+                others.add(of_split)
         self._has_synthetic = captions.needs_synthetic
         index = captions.index()
         self.refused: Refused = {}
@@ -87,9 +84,6 @@ class Captioned(Source):
         self._files = _find(path, folder, [item.key for item in index.items[:LOOKED_FOR]])
         self._items = CompactList([item.key, item.captions, item.synthetic] for item in index.items)
 
-    def __str__(self) -> str:
-        return self._name
-
     def __len__(self) -> int:
         return len(self._items)
 
@@ -101,8 +95,7 @@ class Captioned(Source):
         return [*super().identity(), stamps(self._files.root, keys)]
 
     def _item(self, index: int) -> list[Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)} of {self}")
+        self._check(index)
         return self._items[index]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -136,12 +129,8 @@ def _find(path: str, folder: str, keys: Sequence[str]) -> Files:
     )
 
 
-class _Row(NamedTuple):
-    where: str  # for messages
-    split: str | None  # None where the list has no splits
-    image: str
-    captions: Sequence[str]
-    synthetic: Sequence[str]
+# A split, or None where the list has none, and what `Captions.add` takes.
+_Row = tuple[str | None, tuple[str, str, Sequence[str], Sequence[str]]]
 
 
 def _rows(path: str, columns: Columns, captions: Captions) -> Iterator[_Row]:
@@ -155,10 +144,12 @@ def _rows(path: str, columns: Columns, captions: Captions) -> Iterator[_Row]:
     # What is not UTF-8 becomes surrogates, for which rows are refused.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         if path.endswith(".jsonl"):
-            yield from _of_jsonl(stream, path, columns, captions)
+            rows = jsonl_rows(stream, path, (), captions.refuse)
         else:
             delimiter = "\t" if path.endswith(".tsv") else ","
-            yield from _of_csv(stream, path, columns, captions, delimiter)
+            header, rows = csv_table(stream, path, captions.refuse, delimiter)
+            _choose(columns, dict.fromkeys(header, "text"), path)  # there may be no rows
+        yield from _of_lines(rows, path, columns, captions)
 
 
 def _karpathy(path: str) -> Iterator[_Row]:
@@ -188,73 +179,43 @@ def _karpathy(path: str) -> Iterator[_Row]:
                 f"{path}: images[{number}] is no image of Karpathy's splits, with filename, split "
                 f"and sentences of raw texts: {type(error).__name__}: {error}"
             ) from None
-        yield _Row(f"images[{number}]", image["split"], name, texts, ())
+        yield image["split"], (f"images[{number}]", name, texts, ())
 
 
-def _of_csv(
-    stream: TextIO, path: str, columns: Columns, captions: Captions, delimiter: str
+def _of_lines(
+    rows: Iterator[tuple[str, dict[str, Any]]], path: str, columns: Columns, captions: Captions
 ) -> Iterator[_Row]:
-    try:
-        header = next(csv.reader([stream.readline(MAX_LINE)], delimiter=delimiter), [])
-    except csv.Error as error:
-        raise ValueError(f"{path}: not CSV ({error})") from None
-    stream.seek(0)
-    chosen = _choose(columns, dict.fromkeys(header, "text"), path)
-    captions.needs_synthetic = bool(chosen.synthetic)
-    fields = {field: field for field in chosen.all()}
-    for where, values in csv_rows(stream, path, fields, captions.refuse, delimiter):
-        row = dict(zip(fields, values, strict=True))
-        yield _Row(
-            where,
-            row.get(chosen.split),
-            row[chosen.image],
-            [row[field] for field in chosen.captions],
-            [row[field] for field in chosen.synthetic],
-        )
-
-
-def _of_jsonl(stream: TextIO, path: str, columns: Columns, captions: Captions) -> Iterator[_Row]:
     chosen = None
-    for where, row in jsonl_rows(stream, path, (), captions.refuse):
+    for where, row in rows:
         if chosen is None:
-            chosen = _choose(columns, {field: _kind(row[field]) for field in row}, path)
-            captions.needs_synthetic = bool(chosen.synthetic)
-        split = row.get(chosen.split)
-        texts = {field: _texts(row.get(field)) for field in (*chosen.captions, *chosen.synthetic)}
-        kinds = [_kind(row.get(chosen.image)), "text" if split is None else _kind(split)]
-        if kinds == ["text", "text"] and None not in texts.values():
-            yield _Row(
-                where,
-                split,
-                row[chosen.image],
-                [text for field in chosen.captions for text in texts[field]],
-                [text for field in chosen.synthetic for text in texts[field]],
+            present = {field: _kind(value) for field, value in row.items()}
+            chosen = image, written, synthetic, split = _choose(columns, present, path)
+            captions.needs_synthetic = bool(synthetic)
+        texts = {field: _texts(row.get(field)) for field in (*written, *synthetic)}
+        name, of_split = row.get(image), row.get(split)
+        are_texts = isinstance(name, str) and isinstance(of_split, str | None)
+        if are_texts and None not in texts.values():
+            both = (
+                [text for field in fields for text in texts[field]]
+                for fields in (written, synthetic)
             )
+            yield of_split, (where, name, *both)
         else:
-            detail = f"expected texts in {', '.join(chosen.all())}; it has {sorted(row)[:20]}"
+            fields = ", ".join(filter(None, (image, *written, *synthetic, split)))
+            detail = f"expected texts in {fields}; it has {sorted(row)[:20]}"
             captions.refuse(where, "bad row", detail)
 
 
-class _Chosen(NamedTuple):
-    """The columns or fields to read; the split is "" where there is none."""
-
-    image: str
-    captions: Sequence[str]
-    synthetic: Sequence[str]
-    split: str
-
-    def all(self) -> list[str]:
-        return [name for name in (self.image, *self.captions, *self.synthetic, self.split) if name]
-
-
-def _choose(columns: Columns, present: dict[str, str], path: str) -> _Chosen:
+def _choose(
+    columns: Columns, present: dict[str, str], path: str
+) -> tuple[str, Sequence[str], Sequence[str], str]:
+    """What has the image's name, captions, synthetic ones, and the split or "" if nothing does."""
     is_text, is_texts = {"text"}.__contains__, {"text", "list"}.__contains__
-    (image,) = choose(columns, "image", _IMAGES, present, is_text, "a column of file names", path)
-    captions = choose(columns, "captions", _CAPTIONS, present, is_texts, "columns of texts", path)
-    synthetic = choose(
-        columns, "synthetic", ("synthetic",), present, is_texts, "columns of texts", path
-    )
-    return _Chosen(image, captions, synthetic, "split" if "split" in present else "")
+    pick = functools.partial(choose, columns, present, path)
+    (image,) = pick("image", _IMAGES, is_text, "a column of file names")
+    captions = pick("captions", _CAPTIONS, is_texts, "columns of texts")
+    synthetic = pick("synthetic", ("synthetic",), is_texts, "columns of texts")
+    return image, captions, synthetic, "split" if "split" in present else ""
 
 
 def _kind(value: Any) -> str:

@@ -4,32 +4,30 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from declip_jax.data import records
-from declip_jax.data.input_files import MAX_CAPTION, MAX_IMAGE_BYTES
+from declip_jax.data.input_files import MAX_CAPTION, check_image_size
 from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
 
 
 def choose(
     columns: Columns,
+    present: Mapping[str, Any],
+    where: str,
     field: str,
     usual: Sequence[str],
-    present: Mapping[str, Any],
     fits: Callable[[Any], bool],
     expected: str,
-    where: str,
 ) -> tuple[str, ...]:
     """The columns that `columns` names for a field.
 
     Where it names none, the first of the usual ones, for an image else the only one that fits.
 
     Args:
-      columns: config.data.columns.
-      field: one of its fields.
-      usual: names to look for; columns that do not fit are passed over.
       present: {column: its type}; messages show str(type).
+      where: what has these columns, for messages.
+      usual: names to look for; columns that do not fit are passed over.
       fits: whether a column of such a type can be read as this field.
       expected: the types that fit, in words.
-      where: what has these columns, for messages.
 
     Raises:
       ValueError: a named column is missing or does not fit, or there is no image or caption.
@@ -59,21 +57,14 @@ def choose(
 def checked_record(
     image: Any, captions: Iterable[Any], key: Any, synthetic: Iterable[Any] | None = None
 ) -> records.Record:
-    """A record of what is stored as bytes, or as buffers, which are copied.
+    """A record of what is stored as bytes, or as buffers, which are copied; texts are in UTF-8.
 
-    Args:
-      image: an encoded image; None if there is none.
-      captions: texts in UTF-8; blank ones are left out.
-      key: a text in UTF-8.
-      synthetic: texts as captions are; None if the source has none.
-
-    Raises:
-      BadRecord: an image or all captions are missing, too large, or not UTF-8.
+    Blank captions are left out. `image` is None where there is none, `synthetic` if the source has
+    none at all. Raises BadRecord if an image or all captions are missing, too large, or not UTF-8.
     """
     if image is None or not len(image):
         raise BadRecord("no image", "it is empty")
-    if len(image) > MAX_IMAGE_BYTES:
-        raise BadRecord("file too large", f"{len(image):,} bytes, at most {MAX_IMAGE_BYTES:,}")
+    check_image_size(len(image))
     record = {
         "image": bytes(image),
         "captions": _texts(captions, "no caption"),

@@ -1,5 +1,6 @@
 """Images in class folders, as torchvision's ImageFolder and many downloads have them."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from declip_jax.data.input_files import Files, is_utf8
-from declip_jax.data.sources.base import Refused, Source, count_refused, tell_refused
+from declip_jax.data.sources.base import Refused, Source, count_refused, find, tell_refused
 from declip_jax.data.sources.compact_list import CompactList, stamps
 from declip_jax.data.sources.fields import class_caption
 from declip_jax.data.sources.tar import is_image
@@ -24,14 +25,7 @@ class ClassFolders(Source):
     classes. Classes are called as their folders are, also those that are empty; the only caption
     of an image says its class; its key is CLASS/FILE. Hidden files are passed over; what else is
     no image by its name is left out and told. Links are followed, wherever they lead. No image is
-    opened before it is asked for.
-
-    Args:
-      root: the folder.
-      split: a word; ROOT/SPLIT is taken if it has folders in it.
-
-    Attributes:
-      refused: {reason: (how many files and folders were left out, the first)}.
+    opened before it is asked for. ROOT/SPLIT is taken if it has folders in it.
 
     Raises:
       ValueError: no images in class folders, or fewer than two classes.
@@ -41,15 +35,11 @@ class ClassFolders(Source):
         inside = os.path.join(root, split)
         # A class can be called like the split, as the trains among the classes of CIFAR-100.
         self._root = inside if split and os.path.isdir(inside) and subfolders(inside) else root
-        self._files = Files(self._root)
+        self.name, self._files = self._root, Files(self._root)
         self.refused: Refused = {}
         self.class_names = tuple(self._usable(subfolders(self._root)))
-        names, counts = [], []
-        for folder in self.class_names:
-            images = list(self._images(folder))
-            names += images
-            counts.append(len(images))
-        if not names:
+        images = [list(self._images(folder)) for folder in self.class_names]
+        if not any(images):
             missing = f"no folder {split!r} with class folders in it, and " * (self._root == root)
             raise ValueError(
                 f"{self._root!r} has {missing}no images in class folders, as <class>/<image>; it "
@@ -61,8 +51,8 @@ class ClassFolders(Source):
                 "each class, at least two. Images with captions are opened by the file that lists "
                 "them."
             )
-        self._names = CompactList(names)
-        self._firsts = np.cumsum([0, *counts])[:-1]  # of each class
+        self._names = CompactList(itertools.chain(*images))
+        self._firsts = np.cumsum([0, *map(len, images)])[:-1]  # of each class
         if self.refused:
             logging.warning("%s: left out %s", self, tell_refused(self.refused))
 
@@ -82,9 +72,6 @@ class ClassFolders(Source):
                 shown = name.encode(errors="backslashreplace").decode()
                 count_refused(self.refused, "not UTF-8", 1, [shown])
 
-    def __str__(self) -> str:
-        return self._root
-
     def __len__(self) -> int:
         return len(self._names)
 
@@ -97,9 +84,8 @@ class ClassFolders(Source):
 
     def _place(self, index: int) -> tuple[int, str]:
         """The label of an image, and its key."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)} of {self}")
-        label = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        self._check(index)
+        label, _ = find(self._firsts, index)
         return label, f"{self.class_names[label]}/{self._names[index]}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from declip_jax.data.sources.base import Source
+from declip_jax.data.sources.base import Source, find
 
 SLOTS = 10_000  # a mixture repeats itself after so many samples, so weights have four digits
 
@@ -23,6 +23,7 @@ class Mixture(Source):
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
         self.sources = tuple(sources)
+        self.name = " + ".join(map(str, sources))
         if not all(0 < weight < float("inf") for weight in weights):
             raise ValueError(f"the weights of a mixture must be positive numbers, not {weights}.")
         exact = np.array(weights, float) / sum(weights) * SLOTS
@@ -39,9 +40,6 @@ class Mixture(Source):
         if len({source.class_names for source in self.sources}) == 1:
             self.class_names = self.sources[0].class_names
 
-    def __str__(self) -> str:
-        return " + ".join(map(str, self.sources))
-
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
@@ -52,10 +50,9 @@ class Mixture(Source):
         return [self.slots.tolist(), *(source.identity() for source in self.sources)]
 
     def _at(self, index: int) -> tuple[Source, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)} of {self}")
-        number = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        return self.sources[number], index - int(self._firsts[number])
+        self._check(index)
+        number, index = find(self._firsts, index)
+        return self.sources[number], index
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         source, index = self._at(index)

@@ -1,5 +1,6 @@
 """Parquet files as Hugging Face writes them: encoded images and their captions in columns."""
 
+import functools
 import json
 import os
 import threading
@@ -18,7 +19,7 @@ from pyarrow import types
 from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources import paths
-from declip_jax.data.sources.base import Source
+from declip_jax.data.sources.base import Source, find
 from declip_jax.data.sources.fields import checked_record, choose
 
 # Where `Columns` names nothing, the first of these that is there and fits.
@@ -52,7 +53,7 @@ class Parquet(Source):
     """
 
     def __init__(self, pattern: str, columns: Columns):
-        self._pattern = pattern
+        self.name = pattern
         self.files = paths.expand(pattern, ".parquet")
         self._folder = os.path.commonprefix(self.files).rfind("/") + 1  # in letters of each path
         # From this thread, for fsspec makes a file system of its own for each.
@@ -67,8 +68,7 @@ class Parquet(Source):
                 "ClassLabel. Save the files with them, or leave the label out."
             )
         c = self._columns
-        named = (c.image, *c.captions, *c.synthetic, c.key, c.label)
-        self._needed = [name for name in named if name]
+        self._needed = list(filter(None, (c.image, *c.captions, *c.synthetic, c.key, c.label)))
         with ThreadPoolExecutor(paths.REQUESTS) as pool:
             files = list(pool.map(self._row_groups, self.files, places))
         # Of the row groups of all files that have rows: [groups], each.
@@ -109,9 +109,6 @@ class Parquet(Source):
             group[:] = number, stored.num_rows, size
         return groups
 
-    def __str__(self) -> str:
-        return self._pattern
-
     def __len__(self) -> int:
         return self._length
 
@@ -119,11 +116,11 @@ class Parquet(Source):
         return [*super().layout(), self.blocks.tolist(), self.blocks_together]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        columns, block = self._columns, self._block(index)
+        columns = self._columns
+        block, row = find(self.blocks, index)
         table = self._kept.get(block, self._read)
         if isinstance(table, str):
             raise BadRecord("unreadable record", table)
-        row = index - int(self.blocks[block])
         values = {name: table[name][row] for name in self._needed}
         image, keys = values[columns.image], []
         if types.is_struct(image.type):
@@ -149,12 +146,8 @@ class Parquet(Source):
         return record
 
     def locate(self, index: int) -> str:
-        block = self._block(index)
-        path, row = self.files[self._file[block]], index - self.blocks[block]
-        return f"{path}: row group {self._number[block]}, row {row}"
-
-    def _block(self, index: int) -> int:
-        return int(np.searchsorted(self.blocks, index, side="right")) - 1
+        block, row = find(self.blocks, index)
+        return f"{self.files[self._file[block]]}: row group {self._number[block]}, row {row}"
 
     def _name(self, block: int, index: int) -> str:
         """A file and a row in it, as in "train-00000:17"; files in several folders keep these."""
@@ -195,14 +188,11 @@ class _Kept:
 
     def get(self, block: int, read: Callable[[int], Any]) -> Any:
         with self._lock:
-            future = self._blocks.get(block)
+            future = self._blocks.pop(block, None)
             is_new = future is None
-            if is_new:
-                future = self._blocks[block] = Future()
-                if len(self._blocks) > self._most:
-                    self._blocks.popitem(last=False)
-            else:
-                self._blocks.move_to_end(block)
+            future = self._blocks[block] = future or Future()  # as the newest
+            if len(self._blocks) > self._most:
+                self._blocks.popitem(last=False)
         if is_new:
             try:
                 future.set_result(read(block))
@@ -239,32 +229,20 @@ def _footer(path: str, place: _Place) -> tuple[pq.FileMetaData, pa.Schema]:
 
 
 def _resolve(columns: Columns, schema: pa.Schema, path: str) -> Columns:
-    """What `columns` means for this file, with a name for all that is read.
-
-    Raises:
-      ValueError: it names columns that are missing or of other types.
-    """
+    """What `columns` means for this file, with a name for all that is read; see `choose`."""
     # A name that two columns have names neither.
     present = {f.name: f.type for f in schema if schema.get_field_index(f.name) >= 0}
-
-    def find(field, usual, fits, expected):
-        return choose(columns, field, usual, present, fits, expected, path)
-
+    pick = functools.partial(choose, columns, present, path)
     images = "a column of binary, or of structs with the field bytes: binary"
-    (image,) = find("image", ("image",), _is_image, images)
+    (image,) = pick("image", ("image",), _is_image, images)
     texts = "columns of strings, or of lists of strings"
-    captions = find("captions", _CAPTIONS, _is_texts, texts)
-    synthetic = find("synthetic", ("synthetic",), _is_texts, texts)
-    key = find("key", (), _is_key, "a column of strings or integers")
+    captions = pick("captions", _CAPTIONS, _is_texts, texts)
+    synthetic = pick("synthetic", ("synthetic",), _is_texts, texts)
+    key = pick("key", (), _is_key, "a column of strings or integers")
     usual = ("label",) if _class_names(schema, "label") else ()
-    label = find("label", usual, types.is_integer, "a column of integers")
-    return Columns(
-        image=image,
-        captions=captions,
-        synthetic=synthetic,
-        key="".join(key),
-        label="".join(label),
-    )
+    label = pick("label", usual, types.is_integer, "a column of integers")
+    names = {"image": image, "key": "".join(key), "label": "".join(label)}
+    return Columns(captions=captions, synthetic=synthetic, **names)
 
 
 def _is_image(kind: pa.DataType) -> bool:

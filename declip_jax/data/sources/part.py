@@ -13,15 +13,13 @@ class Part(Source):
 
     def __init__(self, source: Source, first: int, last: int):
         self.source, self._first, self._last = source, first, last
+        self.name = f"{source} [{first}:{last}]"
         self.class_names, self.files = source.class_names, source.files
         self.blocks_together = source.blocks_together
         if source.blocks is not None:
             starts = np.maximum(source.blocks, first) - first
             ends = np.append(source.blocks[1:], len(source)) - first
             self.blocks = starts[(ends > 0) & (starts < last - first)]
-
-    def __str__(self) -> str:
-        return f"{self.source} [{self._first}:{self._last}]"
 
     def __len__(self) -> int:
         return self._last - self._first
@@ -33,8 +31,7 @@ class Part(Source):
         return [self._first, self._last, self.source.identity()]
 
     def _at(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)} of {self}")
+        self._check(index)
         return self._first + index
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -45,11 +42,7 @@ class Part(Source):
 
 
 def part_of(source: Source, split: str) -> Source:
-    """What "train[:90%]" or "train[1000:]" names of a source without splits of its own.
-
-    Raises:
-      ValueError: it is written otherwise, or is empty.
-    """
+    """What "train[:90%]" or "train[1000:]" names of a source; ValueError if that is nothing."""
     match = re.fullmatch(r"\w*(?:\[(\d+%?)?:(\d+%?)?\])?", split)
     if match is None:
         raise ValueError(

@@ -16,7 +16,6 @@ from braceexpand import UnbalancedBracesError, braceexpand
 MAX_SHARDS = 1_000_000  # of one list; a pattern can ask for any number
 REQUESTS = 32  # at a time: of thousands of files in an object store, each answers late
 
-
 _RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})")
 
 
@@ -79,11 +78,7 @@ def is_remote(path: str) -> bool:
 
 
 def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path, and what that calls it.
-
-    Raises:
-      ValueError: the file system is unknown or not installed.
-    """
+    """The file system of a path, and what that calls it; ValueError if it is not installed."""
     try:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
+from tensorflow_datasets.core import read_only_builder
 
 from declip_jax.data import records
 from declip_jax.data.records import BadRecord
-from declip_jax.data.sources.base import Source
+from declip_jax.data.sources.base import Source, find
 from declip_jax.data.sources.paths import is_remote
 
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
@@ -18,14 +19,12 @@ ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 class Shards(Source):
     """The stored records of a split of a TFDS directory.
 
-    Raises:
-      ValueError: an unknown or empty split, shards that are missing, or a directory that is not
-        on a local disk.
+    Raises ValueError for an unknown or empty split, and for shards that are missing or remote.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
         directory = builder.data_path
-        self._name = f"{directory} split {split!r}"
+        self.name = f"{directory} split {split!r}"
         check_local(str(directory))
         try:
             # Opens the shards when a process first reads from them.
@@ -48,9 +47,6 @@ class Shards(Source):
         if missing:
             raise ValueError(f"{directory} lacks {missing}: copy or prepare the data set again.")
 
-    def __str__(self) -> str:
-        return self._name
-
     def __len__(self) -> int:
         return len(self._data)
 
@@ -58,12 +54,7 @@ class Shards(Source):
         return [*super().layout(), [(shard.skip, shard.take) for shard in self._shards]]
 
     def stored(self, index: int) -> bytes:
-        """A record as it is stored.
-
-        Raises:
-          BadRecord: its shard is damaged there.
-          OSError: its shard cannot be read.
-        """
+        """A record; raises BadRecord where its shard is damaged, OSError if that cannot be read."""
         try:
             return self._data[index]
         except RuntimeError as error:
@@ -74,11 +65,9 @@ class Shards(Source):
             raise BadRecord("unreadable record", str(error)) from error
 
     def locate(self, index: int) -> str:
-        ends = np.cumsum([shard.take for shard in self._shards])
-        number = int(np.searchsorted(ends, index, side="right"))
+        number, place = find(np.cumsum([0, *(shard.take for shard in self._shards)]), index)
         shard = self._shards[number]
-        place = shard.skip + shard.take - (int(ends[number]) - index)
-        return f"{shard.filename}: record {place}"
+        return f"{shard.filename}: record {shard.skip + place}"
 
 
 def check_local(directory: str) -> None:
@@ -89,32 +78,35 @@ def check_local(directory: str) -> None:
         )
 
 
-class PreparedSource(Shards):
-    """A split of a data set with the features of `records`.
+def open_builder(name: str) -> tfds.core.DatasetBuilder:
+    """Of a directory, or of what "tfds:NAME" names on this machine."""
+    check_local(name)
+    try:
+        if name.startswith("tfds:"):
+            # Goes by what is on disk; tfds.builder, by the version that TFDS would write today.
+            return read_only_builder.builder_from_files(name.removeprefix("tfds:"))
+        return tfds.builder_from_directory(name)
+    except Exception as error:  # of several kinds: no directory, no such file, damaged JSON
+        reason = " ".join(str(error).split())  # it has several lines
+        raise ValueError(
+            f"{name!r} is no TFDS data set that can be read, nor one that python -m "
+            f"declip_jax.prepare wrote: {reason}"
+        ) from error
 
-    Raises:
-      ValueError: see `open_source`.
-    """
+
+class PreparedSource(Shards):
+    """A split of a data set with the features of `records`; raises ValueError as `open_source`."""
 
     def __init__(self, directory: str, split: str):
-        check_local(directory)
-        try:
-            builder = tfds.builder_from_directory(directory)
-        except Exception as error:  # of several kinds: no directory, no such file, damaged JSON
+        builder = open_builder(directory)
+        if builder.info.file_format != ARRAY_RECORD:
             raise ValueError(
-                f"data source {directory!r} is neither 'scenes' nor a data set that python -m "
-                f"declip_jax.prepare wrote: {error}"
-            ) from error
-        expected, present = records.features(), builder.info.features
-        missing = sorted(set(expected) - set(present))
-        if missing or builder.info.file_format != ARRAY_RECORD:
-            raise ValueError(
-                f"{directory} is a data set of another kind: it has the features "
-                f"{sorted(present)} in {builder.info.file_format.value} files, expected "
-                f"{sorted(expected)} in array_record files. Write it anew with python -m "
-                "declip_jax.prepare."
+                f"{directory} is a data set of another kind: it has "
+                f"{builder.info.file_format.value} files, expected array_record files. Write it "
+                "anew with python -m declip_jax.prepare."
             )
         super().__init__(builder, split)
+        present = builder.info.features
         self.class_names = tuple(present["label"].names) if "label" in present else ()
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from declip_jax.data.input_files import is_utf8
+from declip_jax.data.input_files import is_safe, is_utf8
 
 BLOCK = tarfile.BLOCKSIZE  # bytes, 512
 MAX_HEADER_BYTES = 64 << 10  # of a member, with the extended ones before it
@@ -41,13 +41,8 @@ class _Headers:
 def files_of(stream: BinaryIO, size: int, refuse: Callable[[str, str], None]) -> Iterator[File]:
     """The files of a tar of `size` bytes that are whole.
 
-    Args:
-      stream: the tar.
-      size: bytes.
-      refuse: called with reason and name of each member that is left out.
-
-    Raises:
-      tarfile.ReadError: after the whole ones; the tar is cut off or damaged, or none at all.
+    `refuse` is called with reason and name of each member that is left out. After the whole ones
+    it raises tarfile.ReadError if the tar is cut off or damaged, or none at all.
     """
     headers, end = _Headers(stream), 0
     try:
@@ -62,7 +57,7 @@ def files_of(stream: BinaryIO, size: int, refuse: Callable[[str, str], None]) ->
                 continue
             if not is_utf8(name):
                 refuse("not UTF-8", name)
-            elif not _is_safe(name):
+            elif not is_safe(name):
                 refuse("unsafe name", name)
             elif not member.isreg() or member.issparse():
                 refuse("not a file", name)
@@ -99,15 +94,11 @@ def plain_files(data: memoryview) -> list[File] | None:
         key, extension = _key_and_extension(name)
         first = start + BLOCK
         end = first + -(-size // BLOCK) * BLOCK
-        if not start < end <= len(data) or not key or not extension or not _is_safe(name):
+        if not start < end <= len(data) or not key or not extension or not is_safe(name):
             return None
         files.append(File(key, extension, name, start, end, slice(first, first + size)))
         start = end
     return files
-
-
-def _is_safe(name: str) -> bool:
-    return not (name.startswith("/") or ".." in name.split("/") or "\0" in name)
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:

@@ -38,9 +38,7 @@ def open_index(tars: Sequence[str], cache: str) -> Path:
     The folder has, for each tar, an .npz file with its RECORD array and what was refused; and for
     all of them together a .bin file, those arrays one after the other, and a .json file, the table,
     with the number of records of each. Their names tell of which files in which version they are.
-
-    Raises:
-      ValueError: there is no record, or no folder to write to.
+    Raises ValueError if there is no record, or no folder to write to.
     """
     versions = paths.versions(tars)
     for tar, version in zip(tars, versions, strict=True):

@@ -1,18 +1,18 @@
 """TFDS data sets in array_record files, whatever their features are called."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
-from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
 
 from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources.fields import checked_record, choose
-from declip_jax.data.sources.prepared import ARRAY_RECORD, Shards, check_local
+from declip_jax.data.sources.prepared import ARRAY_RECORD, Shards, open_builder
 
 # Where `Columns` names nothing, the first of these that is there and fits.
 _CAPTIONS = ("captions", "captions/text", "caption", "texts", "text")
@@ -35,7 +35,7 @@ class TfdsSource(Shards):
     """
 
     def __init__(self, name: str, split: str, columns: Columns):
-        builder = _open(name)
+        builder = open_builder(name)
         if ARRAY_RECORD not in builder.info.available_file_formats():
             raise ValueError(
                 f"{builder.data_path} has {builder.info.file_format.value} files, of which no "
@@ -46,20 +46,19 @@ class TfdsSource(Shards):
         super().__init__(builder, split)
         self._split = split
         present = dict(sorted(_features(builder.info.features)))
-
-        def find(field, usual, fits, expected):
-            return choose(columns, field, usual, present, fits, expected, builder.info.full_name)
-
+        pick = functools.partial(choose, columns, present, builder.info.full_name)
         texts = "texts or class labels, alone or in one Sequence"
-        (self._image,) = find("image", ("image",), _is_image, "an Image of 8 bits")
-        self._captions = find("captions", _CAPTIONS, _is_text, texts)
-        self._synthetic = find("synthetic", ("synthetic",), _is_text, texts)
-        self._key = find("key", _KEYS, _is_key, "a text or an integer")
-        self._label = find("label", ("label",), _is_label, "a ClassLabel")
+        is_text = _is_any("text", "class", depth=1)
+        (self._image,) = pick("image", ("image",), _is_any("image"), "an Image of 8 bits")
+        self._captions = pick("captions", _CAPTIONS, is_text, texts)
+        self._synthetic = pick("synthetic", ("synthetic",), is_text, texts)
+        is_key = _is_any("text", "class", "integer")
+        self._key = pick("key", _KEYS, is_key, "a text or an integer")
+        self._label = pick("label", ("label",), _is_any("class"), "a ClassLabel")
         self._names = {
             path: tuple(present[path].type.names)
             for path in (*self._captions, *self._synthetic, *self._label)
-            if _is_class(present[path])
+            if present[path].kind() == "class"
         }
         for path in self._label:
             self.class_names = self._names[path]
@@ -96,21 +95,22 @@ class TfdsSource(Shards):
                     yield names[label].encode()
 
 
-def _open(name: str) -> tfds.core.DatasetBuilder:
-    check_local(name)
-    try:
-        if name.startswith("tfds:"):
-            # Goes by what is on disk; tfds.builder, by the version that TFDS would write today.
-            return read_only_builder.builder_from_files(name.removeprefix("tfds:"))
-        return tfds.builder_from_directory(name)
-    except Exception as error:  # of several kinds: no directory, no such file, damaged JSON
-        reason = " ".join(str(error).split())  # it has several lines
-        raise ValueError(f"{name!r} is no TFDS data set that can be read: {reason}") from error
-
-
 class _Feature(NamedTuple):
     type: tfds.features.FeatureConnector
     depth: int  # Sequences around it
+
+    def kind(self) -> str:
+        """What its values are, in one word; "" for any that are not read."""
+        # Not its subclasses: the pixels of a LabeledImage are classes.
+        if type(self.type) is tfds.features.Image:
+            return "image" if self.type.np_dtype == np.uint8 else ""
+        if isinstance(self.type, tfds.features.ClassLabel):
+            return "class"
+        if not isinstance(self.type, tfds.features.Tensor):
+            return ""
+        if self.type.np_dtype == np.object_:
+            return "text"
+        return "integer" if np.issubdtype(self.type.np_dtype, np.integer) else ""
 
     def __str__(self) -> str:
         return "Sequence(" * self.depth + str(self.type) + ")" * self.depth
@@ -129,29 +129,5 @@ def _features(
         yield path, _Feature(feature, depth)
 
 
-def _is_image(feature: _Feature) -> bool:
-    # Not its subclasses: the pixels of a LabeledImage are classes.
-    is_image = type(feature.type) is tfds.features.Image
-    return is_image and feature.type.np_dtype == np.uint8 and not feature.depth
-
-
-def _is_class(feature: _Feature) -> bool:
-    return isinstance(feature.type, tfds.features.ClassLabel)
-
-
-def _is_string(feature: _Feature) -> bool:
-    return isinstance(feature.type, tfds.features.Tensor) and feature.type.np_dtype == np.object_
-
-
-def _is_text(feature: _Feature) -> bool:
-    return (_is_string(feature) or _is_class(feature)) and feature.depth <= 1
-
-
-def _is_label(feature: _Feature) -> bool:
-    return _is_class(feature) and not feature.depth
-
-
-def _is_key(feature: _Feature) -> bool:
-    is_tensor = isinstance(feature.type, tfds.features.Tensor)
-    is_integer = is_tensor and np.issubdtype(feature.type.np_dtype, np.integer)
-    return (_is_string(feature) or is_integer) and not feature.depth
+def _is_any(*kinds: str, depth: int = 0) -> Callable[[_Feature], bool]:
+    return lambda feature: feature.kind() in kinds and feature.depth <= depth

@@ -19,16 +19,16 @@ import os
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import logging
 
-from declip_jax.data.input_files import MAX_CAPTION, MAX_IMAGE_BYTES, is_utf8
+from declip_jax.data.input_files import MAX_CAPTION, check_image_size, is_utf8
 from declip_jax.data.options import Columns
 from declip_jax.data.records import BadRecord
 from declip_jax.data.sources import paths
-from declip_jax.data.sources.base import Refused, Source, tell_refused
+from declip_jax.data.sources.base import Refused, Source, find, tell_refused
 from declip_jax.data.sources.fields import class_caption
 from declip_jax.data.sources.tar import BLOCK, files_of, is_image, key_hash, plain_files
 from declip_jax.data.sources.tar_index import RECORD, open_index
@@ -53,16 +53,13 @@ class WebDataset(Source):
       cache: folder for the index; "" for .declip_index beside local shards, where that can be
         written, or else declip_jax in ~/.cache.
 
-    Attributes:
-      refused: {reason: (how many members, samples or ends of shards were left out, the first)}.
-
     Raises:
       ValueError: no such shards, no samples in them, columns that are no such names, a label
         without classnames.txt, or no folder for the index.
     """
 
     def __init__(self, pattern: str, columns: Columns, cache: str = ""):
-        self._name = f"webdataset {pattern}"
+        self.name = f"webdataset {pattern}"
         columns = dataclasses.replace(
             columns,
             image=columns.image.lower().lstrip("."),
@@ -102,9 +99,6 @@ class WebDataset(Source):
         """RECORD [N]."""
         return np.asarray(np.memmap(self._index, RECORD, "r"))
 
-    def __str__(self) -> str:
-        return self._name
-
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
@@ -138,23 +132,23 @@ class WebDataset(Source):
         return texts
 
     def locate(self, index: int) -> str:
-        span = self._span(index)
+        tar, number = self._place(index)
         try:
-            return f"{span.tar}: {self._read(index).key}"
+            return f"{tar}: {self._read(index).key}"
         except (BadRecord, OSError):
-            return f"{span.tar}: record {span.number}"
+            return f"{tar}: record {number}"
 
-    def _span(self, index: int) -> "_Span":
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)} of {self}")
-        shard = np.searchsorted(self._firsts, index, "right") - 1
-        block, blocks, key = self._records[index].item()
-        number = index - int(self._firsts[shard])
-        return _Span(self.files[shard], number, block * BLOCK, blocks * BLOCK, key)
+    def _place(self, index: int) -> tuple[str, int]:
+        """The tar of a sample, and its number there."""
+        self._check(index)
+        shard, number = find(self._firsts, index)
+        return self.files[shard], number
 
     def _read(self, index: int) -> "_Sample":
-        span = self._span(index)
-        data = memoryview(paths.read_range(span.tar, span.start, span.size))
+        tar, _ = self._place(index)
+        block, blocks, key = self._records[index].item()
+        start, size = block * BLOCK, blocks * BLOCK
+        data = memoryview(paths.read_range(tar, start, size))
         sample = None
         with contextlib.suppress(tarfile.ReadError):
             files = plain_files(data)
@@ -164,23 +158,12 @@ class WebDataset(Source):
                 sample = sample or _Sample(file.key, {})
                 if file.key == sample.key:
                     sample.parts.setdefault(file.extension, data[file.data])
-            if len(data) == span.size and sample and key_hash(sample.key) == span.key:
+            if len(data) == size and sample and key_hash(sample.key) == key:
                 return sample
         raise BadRecord(
             "shard changed",
-            f"{span.tar} is not what was indexed at byte {span.start:,}; opened again, it is "
-            "indexed anew",
+            f"{tar} is not what was indexed at byte {start:,}; opened again, it is indexed anew",
         )
-
-
-class _Span(NamedTuple):
-    """Where a sample is."""
-
-    tar: str
-    number: int  # of the tar's records
-    start: int  # byte
-    size: int  # bytes
-    key: int  # see `key_hash`
 
 
 class _Sample:
@@ -195,8 +178,7 @@ class _Sample:
         if extension not in self.parts:
             raise BadRecord("no image", f"no {extension or 'image'} among {sorted(self.parts)}")
         data = self.parts[extension]
-        if len(data) > MAX_IMAGE_BYTES:
-            raise BadRecord("file too large", f"{len(data):,} bytes, at most {MAX_IMAGE_BYTES:,}")
+        check_image_size(len(data))
         return bytes(data)
 
     def texts(self, columns: Sequence[str], reason: str) -> list[str]:
@@ -258,10 +240,8 @@ class _Sample:
     def _text(self, extension: str) -> str:
         data = self.parts[extension]
         if len(data) > MAX_CAPTION:
-            raise BadRecord(
-                "caption too long",
-                f"{extension} of {len(data):,} bytes, at most {MAX_CAPTION:,}",
-            )
+            detail = f"{extension} of {len(data):,} bytes, at most {MAX_CAPTION:,}"
+            raise BadRecord("caption too long", detail)
         try:
             return str(data, "utf-8-sig")
         except UnicodeDecodeError as error:
@@ -272,7 +252,7 @@ def _class_names(tar: str) -> tuple[str, ...]:
     """By label, from classnames.txt; empty where there is none."""
     path, text = _beside(tar, "classnames.txt")
     names = [line.strip() for line in text.rstrip().split("\n")] if path else []
-    if not all(names):
+    if "" in names:
         line = names.index("") + 1
         raise ValueError(
             f"{path}: line {line} is blank; expected the name of a class on each line."
