@@ -3,8 +3,8 @@
 A layout is a list of entries. An entry pairs a path of ours with a name of theirs and says how the
 array changes on the way. Both may hold placeholders, which stand for a whole number each:
 
-    Entry("params/image/conv{n}/kernel", "visual.conv{n}.weight", CONV)
-    Entry("params/text/blocks/ln_1/scale", "transformer.resblocks.{i}.ln_1.weight", SAME)
+    Entry("params/image/conv{n}/kernel", ("visual.conv{n}.weight",), CONV)
+    Entry("params/text/blocks/ln_1/scale", ("transformer.resblocks.{i}.ln_1.weight",), SAME)
 
 `{i}` in theirs alone is the layer: ours is stacked over layers on axis 0, theirs is one array a
 layer. Where theirs is several names, one array of ours is theirs one below the other (axis 0).
