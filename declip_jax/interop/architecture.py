@@ -29,10 +29,10 @@ def infer(variables: Mapping[str, Any], format: str) -> dict[str, Any]:
     """
     params = flatten_dict(variables["params"], sep="/")
     shapes = Shapes({path: leaf.shape for path, leaf in params.items()})
-    first = {tower: f"image/{tower.first_layer}/kernel" for tower in IMAGE_TOWERS.values()}
-    image = next((tower for tower, path in first.items() if path in shapes), None)
+    towers = {f"image/{tower.first_layer}/kernel": tower for tower in IMAGE_TOWERS.values()}
+    image = next((tower for path, tower in towers.items() if path in shapes), None)
     if image is None:
-        raise ValueError(f"no array is {' or '.join(first.values())} here")
+        raise ValueError(f"no array is {' or '.join(towers)} here")
     text = Text.recognize(shapes).as_dict()
     if format == "declip":  # its mask comes after the end
         text["eot_id"] = min(text["eot_id"], text["vocab_size"] - 2)
@@ -50,8 +50,9 @@ def sections(model: Mapping[str, Any]) -> tuple[ImageTower, Text]:
 def config_of(model: Mapping[str, Any]) -> ConfigDict:
     """The `model` section of a config, from sizes and activation: to compute in float32."""
     how = dict(dtype="float32", scan=True, remat="none", attention="xla", heads=None)
-    start = dict(init_logit_scale=math.log(1 / 0.07), init_logit_bias=None)
-    return ConfigDict({**model, **how, **start})
+    return ConfigDict(
+        {**model, **how, "init_logit_scale": math.log(1 / 0.07), "init_logit_bias": None}
+    )
 
 
 def towers_like(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,11 +66,6 @@ def towers_like(model: Mapping[str, Any]) -> dict[str, Any]:
     images = jnp.zeros((1, 1, size, size, 3))
     tokens = jnp.zeros((1, 1, context), jnp.int32)
     return jax.eval_shape(lambda: dict(network.init(jax.random.key(0), images, tokens, method=run)))
-
-
-def towers_of(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables without those of methods' heads."""
-    return part_of(variables, TOWERS)
 
 
 def part_of(variables: Mapping[str, Any], names) -> dict[str, Any]:
@@ -88,9 +84,9 @@ def missing_of_heads(variables: Mapping[str, Any]) -> list[str]:
             layers |= {f"{found[1]}{n}" for n in range(1, int(found[2]))}
     wanted = set()
     for layer in layers:
-        if re.search(r"/bn\d+$", layer):
-            wanted |= {f"params/{layer}/{name}" for name in ("scale", "bias")}
+        normalizes = re.search(r"/bn\d+$", layer)
+        names = ("scale", "bias") if normalizes else ("kernel", "bias")
+        wanted |= {f"params/{layer}/{name}" for name in names}
+        if normalizes:
             wanted |= {f"batch_stats/{layer}/{name}" for name in ("mean", "var")}
-        else:
-            wanted |= {f"params/{layer}/{name}" for name in ("kernel", "bias")}
     return sorted(wanted - paths)

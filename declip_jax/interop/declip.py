@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from declip_jax.interop.layers import IMAGE, batch_norm, blocks, linear, norm
-from declip_jax.interop.tables import LINEAR, SAME, SCALAR, Entry, Layout, Transform
+from declip_jax.interop.layers import IMAGE, array, batch_norm, linear, text
+from declip_jax.interop.tables import LINEAR, SCALAR, Entry, Layout, Transform
 
 
 def _our_order(vocab_size: int) -> np.ndarray:
     """Their id of each of our ids: last come mask, start, end there, start, end, mask here."""
-    mask, start, end = vocab_size - 3, vocab_size - 2, vocab_size - 1
-    return np.array([*range(mask), start, end, mask])
+    *words, mask, start, end = range(vocab_size)
+    return np.array([*words, start, end, mask])
 
 
 _VOCABULARY = Transform(
@@ -29,18 +29,6 @@ def tokens_from_theirs(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     return np.argsort(_our_order(vocab_size)).astype(np.int32)[tokens]
 
 
-def _text(theirs: str) -> list[Entry]:
-    return [
-        Entry(
-            "params/text/token_embedding/embedding", f"{theirs}.token_embedding.weight", _VOCABULARY
-        ),
-        Entry("params/text/positional_embedding", f"{theirs}.positional_embedding", SAME),
-        *blocks("text/blocks", f"{theirs}.transformer.resblocks"),
-        *norm("text/ln_final", f"{theirs}.ln_final"),
-        *linear("text/proj", f"{theirs}.text_projection"),
-    ]
-
-
 def _mlp(ours: str, theirs: str) -> list[Entry]:
     return [
         *linear(f"{ours}/linear{{n}}", f"{theirs}.linear{{n}}"),
@@ -54,8 +42,8 @@ _HEADS = [
     *linear("predictor/linear1", "predictor.linear1"),
     *linear("predictor/linear2", "predictor.layer2"),
     *batch_norm("predictor/bn1", "predictor.bn1"),
-    Entry("params/mlm_head/kernel", "text_label_predictor.weight", _WORD_LOGITS),
-    Entry("params/mlm_head/bias", "text_label_predictor.bias", _VOCABULARY),
+    array("mlm_head/kernel", "text_label_predictor.weight", _WORD_LOGITS),
+    array("mlm_head/bias", "text_label_predictor.bias", _VOCABULARY),
     *linear("image_mapping", "image_mapping"),
     *linear("text_mapping", "text_mapping"),
 ]
@@ -74,13 +62,13 @@ METHODS = ("clip", "slip", "filip", "declip", "defilip")
 
 def layout(kind: str, method: str) -> Layout:
     """The table for one of METHODS and an image tower of a kind ("vit" or "resnet")."""
-    return Layout(
-        entries=(
-            *IMAGE[kind],
-            *_text("text_encoder" if method == "slip" else "encode_text"),
-            *_HEADS,
-            Entry("params/logit_scale", "logit_scale", SCALAR),
-            Entry("params/logit_scale_dense", "logit_scale_dense", SAME),
-        ),
-        ignored=(*_IGNORED, *_IGNORED_OF.get(method, ())),
+    tower = "text_encoder" if method == "slip" else "encode_text"
+    entries = (
+        *IMAGE[kind],
+        *text(f"{tower}.", _VOCABULARY),
+        *linear("text/proj", f"{tower}.text_projection"),
+        *_HEADS,
+        array("logit_scale", "logit_scale", SCALAR),
+        array("logit_scale_dense", "logit_scale_dense"),
     )
+    return Layout(entries, (*_IGNORED, *_IGNORED_OF.get(method, ())))

@@ -3,22 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from declip_jax.interop.layers import linear, norm
+from declip_jax.interop.layers import array, linear, norm
 from declip_jax.interop.tables import CONV, LINEAR, SAME, Entry, Layout
 
 
 def _tower(ours: str, theirs: str) -> list[Entry]:
     blocks, layer = f"{ours}/blocks", f"{theirs}.encoder.layers.{{i}}"
-    qkv = [f"{layer}.self_attn.{name}_proj" for name in "qkv"]
+    in_proj, qkv = f"{blocks}/attn/in_proj", [f"{layer}.self_attn.{name}_proj" for name in "qkv"]
     return [
-        Entry(
-            f"params/{ours}/positional_embedding",
-            f"{theirs}.embeddings.position_embedding.weight",
-            SAME,
-        ),
+        array(f"{ours}/positional_embedding", f"{theirs}.embeddings.position_embedding.weight"),
         *norm(f"{blocks}/ln_1", f"{layer}.layer_norm1"),
-        Entry(f"params/{blocks}/attn/in_proj/kernel", tuple(f"{n}.weight" for n in qkv), LINEAR),
-        Entry(f"params/{blocks}/attn/in_proj/bias", tuple(f"{n}.bias" for n in qkv), SAME),
+        Entry(f"params/{in_proj}/kernel", tuple(f"{name}.weight" for name in qkv), LINEAR),
+        Entry(f"params/{in_proj}/bias", tuple(f"{name}.bias" for name in qkv), SAME),
         *linear(f"{blocks}/attn/out_proj", f"{layer}.self_attn.out_proj"),
         *norm(f"{blocks}/ln_2", f"{layer}.layer_norm2"),
         *linear(f"{blocks}/mlp/c_fc", f"{layer}.mlp.fc1"),
@@ -29,33 +25,32 @@ def _tower(ours: str, theirs: str) -> list[Entry]:
 _IMAGE, _TEXT = "vision_model", "text_model"
 LAYOUT = Layout(
     entries=(
-        Entry(
-            "params/image/patch_embed/kernel", f"{_IMAGE}.embeddings.patch_embedding.weight", CONV
-        ),
-        Entry("params/image/class_embedding", f"{_IMAGE}.embeddings.class_embedding", SAME),
+        array("image/patch_embed/kernel", f"{_IMAGE}.embeddings.patch_embedding.weight", CONV),
+        array("image/class_embedding", f"{_IMAGE}.embeddings.class_embedding"),
         *norm("image/ln_pre", f"{_IMAGE}.pre_layrnorm"),  # their spelling
         *_tower("image", _IMAGE),
         *norm("image/ln_post", f"{_IMAGE}.post_layernorm"),
-        Entry("params/image/proj/kernel", "visual_projection.weight", LINEAR),
-        Entry(
-            "params/text/token_embedding/embedding",
-            f"{_TEXT}.embeddings.token_embedding.weight",
-            SAME,
-        ),
+        array("image/proj/kernel", "visual_projection.weight", LINEAR),
+        array("text/token_embedding/embedding", f"{_TEXT}.embeddings.token_embedding.weight"),
         *_tower("text", _TEXT),
         *norm("text/ln_final", f"{_TEXT}.final_layer_norm"),
-        Entry("params/text/proj/kernel", "text_projection.weight", LINEAR),
-        Entry("params/logit_scale", "logit_scale", SAME),
+        array("text/proj/kernel", "text_projection.weight", LINEAR),
+        array("logit_scale", "logit_scale"),
     ),
     ignored=(r".*\.position_ids",),  # a constant, in files of older versions
 )
+
+# Sizes of a tower, by their names in config.json: those of both, and each one's own.
+_SIZES = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
+_IMAGE_SIZES = {"image_size": "resolution", "patch_size": "patch"}
+_TEXT_SIZES = {"vocab_size": "vocab_size", "max_position_embeddings": "context"}
 
 
 def to_config(model: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a model, from the `model` section of a config."""
     image, text = model["image"], model["text"]
 
-    def tower(sizes: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    def tower(kind: str, sizes: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, Any]:
         return {
             "hidden_size": sizes["width"],
             "intermediate_size": 4 * sizes["width"],
@@ -65,31 +60,20 @@ def to_config(model: Mapping[str, Any]) -> dict[str, Any]:
             "hidden_act": model["activation"],
             "layer_norm_eps": 1e-5,
             "attention_dropout": 0.0,
-            **more,
+            "model_type": kind,
+            **{theirs: sizes[ours] for theirs, ours in own.items()},
         }
 
+    end = text["eot_id"]  # the feature is read at the first of it
+    ids = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": model["embed_dim"],
         "logit_scale_init_value": 2.6592,
         "torch_dtype": "float32",
-        "vision_config": tower(
-            image,
-            model_type="clip_vision_model",
-            image_size=image["resolution"],
-            patch_size=image["patch"],
-            num_channels=3,
-        ),
-        "text_config": tower(
-            text,
-            model_type="clip_text_model",
-            vocab_size=text["vocab_size"],
-            max_position_embeddings=text["context"],
-            bos_token_id=text["eot_id"] - 1,
-            eos_token_id=text["eot_id"],  # the first of it is where the feature is read
-            pad_token_id=text["eot_id"],
-        ),
+        "vision_config": tower("clip_vision_model", image, _IMAGE_SIZES) | {"num_channels": 3},
+        "text_config": tower("clip_text_model", text, _TEXT_SIZES) | ids,
     }
 
 
@@ -121,17 +105,12 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("model_type", "clip") != "clip":
         raise ValueError(f"model_type={config['model_type']!r}, expected 'clip'")
     # What a file leaves out has the library's default.
-    image = {"hidden_act": "quick_gelu", "num_attention_heads": 12} | config.get(
-        "vision_config", {}
-    )
-    text = {"hidden_act": "quick_gelu", "num_attention_heads": 8, "eos_token_id": 49407} | (
-        config.get("text_config", {})
-    )
+    usual = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407}
+    image = usual | {"num_attention_heads": 12} | config.get("vision_config", {})
+    text = usual | {"num_attention_heads": 8} | config.get("text_config", {})
     for name, section in (("vision_config", image), ("text_config", text)):
-        if section.get("layer_norm_eps", 1e-5) != 1e-5:
-            raise ValueError(
-                f"{name}.layer_norm_eps={section['layer_norm_eps']}, our LayerNorm has 1e-5"
-            )
+        if (epsilon := section["layer_norm_eps"]) != 1e-5:
+            raise ValueError(f"{name}.layer_norm_eps={epsilon}, our LayerNorm has 1e-5")
     activation = image["hidden_act"]
     if activation != text["hidden_act"] or activation not in ("quick_gelu", "gelu"):
         raise ValueError(
@@ -143,20 +122,10 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "embed_dim": config.get("projection_dim"),
         "activation": activation,
-        "image": {
-            "resolution": image.get("image_size"),
-            "patch": image.get("patch_size"),
-            "width": image.get("hidden_size"),
-            "layers": image.get("num_hidden_layers"),
-            "heads": image["num_attention_heads"],
-        },
+        "image": {ours: image.get(theirs) for theirs, ours in (_IMAGE_SIZES | _SIZES).items()},
         "text": {
-            "vocab_size": text.get("vocab_size"),
             "eot_id": eot_id,
-            "context": text.get("max_position_embeddings"),
-            "width": text.get("hidden_size"),
-            "layers": text.get("num_hidden_layers"),
-            "heads": text["num_attention_heads"],
+            **{ours: text.get(theirs) for theirs, ours in (_TEXT_SIZES | _SIZES).items()},
         },
     }
 

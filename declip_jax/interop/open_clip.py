@@ -5,58 +5,44 @@ from typing import Any
 
 from declip_jax.interop.architecture import sections
 
+# Fields of a text tower: theirs, and the library's default. Ours are called the same but for one.
+_TEXT = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12, proj_bias=False)
+_OURS = {**{name: name for name in _TEXT}, "context_length": "context"}
 # Fields of open_clip's configuration that we can compute with this value only, its default.
+_OFF = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn")
 _BLOCKS = {
     "mlp_ratio": 4.0,
-    "ls_init_value": None,
-    "act_kwargs": None,
-    "norm_kwargs": None,
-    "block_type": None,
-    "qk_norm": False,
-    "scaled_cosine_attn": False,
-    "scale_heads": False,
-    "scale_attn_inner": False,
-    "scale_attn": False,
-    "scale_fc": False,
-    "final_ln_after_pool": False,
+    **dict.fromkeys(("ls_init_value", "act_kwargs", "norm_kwargs", "block_type")),
+    **dict.fromkeys((*_OFF, "scale_fc", "final_ln_after_pool"), False),
 }
 _FIXED = {
+    "": {},
     "vision_cfg": {
         **_BLOCKS,
-        "attentional_pool": False,
-        "no_ln_pre": False,
-        "pos_embed_type": "learnable",
-        "pool_type": "tok",
-        "timm_model_name": None,
+        **dict.fromkeys(("attentional_pool", "no_ln_pre"), False),
+        **dict(pos_embed_type="learnable", pool_type="tok", timm_model_name=None),
     },
     "text_cfg": {
         **_BLOCKS,
-        "hf_tokenizer_name": None,
-        "tokenizer_mode": None,
-        "tokenizer_kwargs": None,
-        "embed_cls": False,
-        "no_causal_mask": False,
-        "pool_type": "argmax",
-        "proj_type": "linear",
-        "hf_model_name": None,
+        **dict.fromkeys(("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")),
+        **dict.fromkeys(("embed_cls", "no_causal_mask"), False),
+        **dict(pool_type="argmax", proj_type="linear", hf_model_name=None),
     },
 }
 _FREE = {
-    "vision_cfg": (
-        *("image_size", "layers", "width", "patch_size", "head_width"),
-        # of training, of outputs we do not read, or of what is fixed to be off above
-        *("patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads"),
-        *("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias"),
-        *("timm_drop", "timm_drop_path"),
-    ),
-    "text_cfg": (
-        *("context_length", "vocab_size", "width", "heads", "layers", "proj_bias"),
-        *("output_tokens", "pad_id", "eos_id"),
-        *("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
-    ),
     "": (
         *("embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "custom_text"),
         *("init_logit_scale", "init_logit_bias"),
+    ),
+    # Besides sizes: of training, of outputs we do not read, or of what is fixed to be off above.
+    "vision_cfg": (
+        *("image_size", "layers", "width", "patch_size", "head_width", "patch_dropout"),
+        *("output_tokens", "attn_pooler_queries", "attn_pooler_heads", "timm_model_pretrained"),
+        *("timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+    ),
+    "text_cfg": (
+        *(*_TEXT, "output_tokens", "pad_id", "eos_id"),
+        *("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
     ),
 }
 
@@ -66,28 +52,20 @@ def to_config(
 ) -> dict[str, Any]:
     """open_clip_config.json of a model, from the `model` section of a config and its parameters."""
     image, text = sections(model)
-    vision = {
-        "image_size": image.resolution,
-        "layers": image.layers,
-        "width": image.width,
-        "patch_size": getattr(image, "patch", None),  # a null patch size is a ResNet's
-        "head_width": image.token_width // image.heads,
-    }
     bias = {"init_logit_bias": float(params["logit_bias"])} if "logit_bias" in params else {}
     return {
         "model_cfg": {
             "embed_dim": model["embed_dim"],
             "quick_gelu": model["activation"] == "quick_gelu",
             **bias,
-            "vision_cfg": vision,
-            "text_cfg": {
-                "context_length": text.context,
-                "vocab_size": text.vocab_size,
-                "width": text.width,
-                "heads": text.heads,
-                "layers": text.layers,
-                "proj_bias": text.proj_bias,
+            "vision_cfg": {
+                "image_size": image.resolution,
+                "layers": image.layers,
+                "width": image.width,
+                "patch_size": getattr(image, "patch", None),  # a null patch size is a ResNet's
+                "head_width": image.token_width // image.heads,
             },
+            "text_cfg": {theirs: getattr(text, ours) for theirs, ours in _OURS.items()},
         },
         "preprocess_cfg": {
             "size": image.resolution,
@@ -109,15 +87,12 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     config = config.get("model_cfg", config)
     vision, text = config["vision_cfg"], config["text_cfg"]
     for name, section in (("", config), ("vision_cfg", vision), ("text_cfg", text)):
-        fixed = _FIXED.get(name, {})
         for field, value in section.items():
-            path = f"{name}.{field}".lstrip(".")
-            if field in fixed and value != fixed[field]:
-                raise ValueError(
-                    f"{path}={value!r} is another architecture, expected {fixed[field]!r}"
-                )
-            if field not in fixed and field not in _FREE[name]:
-                raise ValueError(f"{path}={value!r} is not known here")
+            told, usual = f"{name}.{field}={value!r}".lstrip("."), _FIXED[name].get(field, value)
+            if value != usual:
+                raise ValueError(f"{told} is another architecture, expected {usual!r}")
+            if field not in _FIXED[name] and field not in _FREE[name]:
+                raise ValueError(f"{told} is not known here")
     # What a file leaves out has the library's default.
     width, layers = vision.get("width", 768), vision.get("layers", 12)
     is_resnet = isinstance(layers, list | tuple)
@@ -132,23 +107,16 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "heads": (32 * width if is_resnet else width) // vision.get("head_width", 64),
             **({} if is_resnet else {"patch": vision.get("patch_size", 16)}),
         },
-        "text": {
-            "context": text.get("context_length", 77),
-            "vocab_size": text.get("vocab_size", 49408),
-            "width": text.get("width", 512),
-            "layers": text.get("layers", 12),
-            "heads": text.get("heads", 8),
-            "proj_bias": text.get("proj_bias", False),
-        },
+        "text": {_OURS[name]: text.get(name, usual) for name, usual in _TEXT.items()},
     }
 
 
 def preprocessing(
-    config: Mapping[str, Any] | None, resolution: int
+    config: Mapping[str, Any], resolution: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Mean, standard deviation and short side of a preprocess_cfg, and what of it we do otherwise,
-    in lines."""
-    config, notes = config or {}, []
+    """Mean, standard deviation and short side of open_clip_config.json, and what of it we do
+    otherwise, in lines."""
+    config, notes = config.get("preprocess_cfg", config) or {}, []
     size = config.get("size", resolution)
     if (size[0] if isinstance(size, list) else size) != resolution:
         notes.append(f"preprocess_cfg.size={size}: here it is the model's {resolution}")

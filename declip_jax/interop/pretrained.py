@@ -14,6 +14,11 @@ from declip_jax.interop.formats import FORMATS
 
 NOTES = "declip_jax.json"  # what `export` writes beside the weights
 
+# Of formats with JSON beside the weights: its reader, the file about the model, that about images.
+_BESIDE = {
+    "open_clip": (open_clip, "open_clip_config.json", "open_clip_config.json"),
+    "huggingface": (huggingface, "config.json", "preprocessor_config.json"),
+}
 # Of formats whose program has no choice.
 ACTIVATIONS = {"openai": "quick_gelu", "declip": "quick_gelu", "alip": "gelu"}
 # Options that models have had since digests of them were recorded: as they were, they do not count.
@@ -97,25 +102,24 @@ def of_arrays(
     format: str = "",
 ) -> Pretrained:
     """A state dict as a model; `read` without the reading."""
-    arrays = _without_text_prefix(dict(arrays))
+    # open_clip's models with "custom_text" have the text tower's arrays a level deeper.
+    if "text.token_embedding.weight" in arrays:
+        arrays = {name.removeprefix("text."): array for name, array in arrays.items()}
     notes = configs.get(NOTES, {})
     found, method, layout = _detect(arrays, configs, format or notes.get("format", ""))
     variables = tables.load(layout, arrays)
     # Without these it would look like another tower.
     paths = flatten_dict(variables, sep="/")
-    if lacking := [path for path in layout.of_every_image_tower() if path not in paths]:
-        tables.raise_problems({"missing": tables.names_of(layout, lacking)})
+    tables.raise_missing(layout, [p for p in layout.of_every_image_tower() if p not in paths])
     model = architecture.infer(variables, found)
     unknown = dict.fromkeys(("image.heads", "text.heads", "activation"))
     known: Mapping[str, Any] = {"activation": ACTIVATIONS.get(found)}
-    file = ""
+    reader, file, _ = _BESIDE.get(found, (None, "", ""))
     if NOTES in configs:
         file, method = NOTES, notes.get("method", method)
         known = _told(file, lambda: dict(notes["model"]))
-    elif found == "huggingface" and (file := "config.json") in configs:
-        known = _told(file, lambda: huggingface.from_config(configs[file]))
-    elif found == "open_clip" and (file := "open_clip_config.json") in configs:
-        known = _told(file, lambda: open_clip.from_config(configs[file]))
+    elif file in configs:
+        known = _told(file, lambda: reader.from_config(configs[file]))
     elif format == "open_clip":
         known = {"activation": "gelu"}  # where its configuration says nothing else
     for name, value in flatten_dict(dict(known), sep=".").items():
@@ -132,10 +136,9 @@ def of_arrays(
                 f"{file} says config.model.{name}={value!r}, but the arrays are of a model with "
                 f"{ours[field]!r}: it is another model's"
             )
-    like = architecture.towers_like(model)
-    tables.check(layout, architecture.towers_of(variables), like)
-    if lacking := architecture.missing_of_heads(variables):
-        tables.raise_problems({"missing": tables.names_of(layout, lacking)})
+    towers = architecture.part_of(variables, architecture.TOWERS)
+    tables.check(layout, towers, architecture.towers_like(model))
+    tables.raise_missing(layout, architecture.missing_of_heads(variables))
     preprocess = _preprocessing(configs, found, model["image"]["resolution"])
     return Pretrained(source, found, method, layout, variables, model, tuple(unknown), **preprocess)
 
@@ -148,16 +151,8 @@ def layout_of(
         return huggingface.LAYOUT
     if format == "declip":
         return declip.layout(kind, method)
-    if format == "open_clip":
-        return openai.layout(kind, proj_bias, logit_bias=True)
-    return openai.layout(kind)
-
-
-def _without_text_prefix(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    # open_clip's models with "custom_text" have the text tower's arrays a level deeper.
-    if "text.token_embedding.weight" in arrays:
-        return {name.removeprefix("text."): array for name, array in arrays.items()}
-    return arrays
+    is_open_clip = format == "open_clip"
+    return openai.layout(kind, proj_bias and is_open_clip, logit_bias=is_open_clip)
 
 
 def _detect(
@@ -166,18 +161,17 @@ def _detect(
     """Format, method and layout. Raises ValueError if none fits, or not the one that was asked."""
     tops = {name.split(".")[0] for name in names}
     same_names = ("openai", "open_clip", "alip")
+    method = "clip"
     if {"vision_model", "text_model"} <= tops:
-        found, method = "huggingface", "clip"
+        found = "huggingface"
     elif "visual" in tops and {"encode_text", "text_encoder"} & tops:
         found = "declip"
+        method = "filip" if "image_mapping" in tops else "clip"
         if "text_encoder" in tops:
             method = "slip"
         elif "projector" in tops:
-            method = "defilip" if "image_mapping" in tops else "declip"
-        else:
-            method = "filip" if "image_mapping" in tops else "clip"
+            method = f"de{method}"
     elif "visual" in tops and {"token_embedding", "transformer", "ln_final"} & tops:
-        method = "clip"
         if format in same_names:
             found = format
         elif "open_clip_config.json" in configs:
@@ -203,20 +197,14 @@ def _detect(
 
 def _preprocessing(configs: Mapping[str, Any], format: str, resolution: int) -> dict[str, Any]:
     """Pretrained's mean, std, short_side and notes, as far as they are told."""
-    if NOTES in configs:
-        told = _told(NOTES, lambda: dict(configs[NOTES]["preprocess"]))
-        found = {name: told.get(name) for name in ("mean", "std", "short_side")}
-        file, notes = NOTES, ()
-    elif format == "open_clip" and (file := "open_clip_config.json") in configs:
-        found, notes = _told(
-            file, lambda: open_clip.preprocessing(configs[file].get("preprocess_cfg"), resolution)
-        )
-    elif format == "huggingface" and (file := "preprocessor_config.json") in configs:
-        found, notes = _told(file, lambda: huggingface.preprocessing(configs[file], resolution))
-    else:
-        return {}
+    reader, _, file = _BESIDE.get(format, (None, "", ""))
+    file = NOTES if NOTES in configs else file
 
-    def check() -> dict[str, Any]:
+    def read() -> dict[str, Any]:
+        if file == NOTES:
+            found, notes = dict(configs[NOTES]["preprocess"]), ()
+        else:
+            found, notes = reader.preprocessing(configs[file], resolution)
         channels = {n: tuple(map(float, found[n])) for n in ("mean", "std") if found.get(n)}
         if any(len(values) != 3 for values in channels.values()):
             raise ValueError("three channels")
@@ -225,7 +213,7 @@ def _preprocessing(configs: Mapping[str, Any], format: str, resolution: int) -> 
             raise ValueError(f"a short side of {side} below the model's {resolution}")
         return {**channels, "short_side": side, "notes": tuple(f"{file}: {x}" for x in notes)}
 
-    return _told(file, check)
+    return _told(file, read) if file in configs else {}
 
 
 def _told(file: str, read: Callable[[], Any]) -> Any:

@@ -14,10 +14,8 @@ import safetensors.numpy
 
 # In a folder, the first of these that is there.
 WEIGHTS = (
-    "model.safetensors",
-    "open_clip_model.safetensors",
-    "pytorch_model.bin",
-    "open_clip_pytorch_model.bin",
+    *("model.safetensors", "open_clip_model.safetensors"),
+    *("pytorch_model.bin", "open_clip_pytorch_model.bin"),
 )
 # What may stand beside the weights and tell what they do not.
 CONFIGS = (
@@ -60,12 +58,13 @@ def read(path: Path, format: str = "") -> Weights:
     with open(file, "rb") as stream:
         start = stream.read(9)
     # By what it is, not what it is called: a zip, a pickle, or a length and JSON.
-    if start[:2] == b"PK":
-        arrays = _read_torch(file, _read_torchscript if _is_torchscript(file) else _read_saved)
-    elif re.match(rb"\x80[\x02-\x05]", start):
-        arrays = _read_torch(file, _read_saved)
+    if start[:2] == b"PK" or re.match(rb"\x80[\x02-\x05]", start):
+        arrays = _read_torch(file, start[:2] == b"PK" and _is_torchscript(file))
     elif start[8:9] == b"{":
-        arrays = _read_safetensors(file)
+        try:
+            arrays = safetensors.numpy.load_file(file)
+        except (safetensors.SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged, or no safetensors file: {error}.") from error
     else:
         raise ValueError(
             f"{file} is no file of weights (or a damaged one): expected safetensors, or what "
@@ -125,25 +124,15 @@ def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
-    try:
-        return safetensors.numpy.load_file(file)
-    except (safetensors.SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged, or no safetensors file: {error}.") from error
-
-
 def _is_torchscript(file: Path) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
-            return any(
-                name.count("/") == 1 and name.endswith("/constants.pkl")
-                for name in archive.namelist()
-            )
+            return any(re.fullmatch(r"[^/]*/constants\.pkl", name) for name in archive.namelist())
     except zipfile.BadZipFile as error:
         raise ValueError(f"{file} is damaged: {error}.") from error
 
 
-def _read_torch(file: Path, read) -> dict[str, np.ndarray]:
+def _read_torch(file: Path, torchscript: bool) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError as error:
@@ -157,7 +146,10 @@ def _read_torch(file: Path, read) -> dict[str, np.ndarray]:
             "could run code even when only weights were asked for (pip install 'torch>=2.6')."
         )
     try:
-        found = read(torch, file)
+        if torchscript:
+            found = _read_torchscript(torch, file)
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind, where a pickle is damaged
         if names := ", ".join(re.findall(r"GLOBAL ([\w.]+)", str(error))):
             raise ValueError(
@@ -190,10 +182,6 @@ def _to_numpy(torch, tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:  # numpy does not know it
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
-
-
-def _read_saved(torch, file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _read_torchscript(torch, file: Path) -> dict[str, Any]:

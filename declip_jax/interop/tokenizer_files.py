@@ -37,9 +37,7 @@ _HTML4 = {html.entities.html5[f"{name};"] for name in html.entities.name2codepoi
 def write_tokenizer(folder: Path, context: int) -> None:
     """Writes vocab.json, merges.txt, tokenizer.json and the two files that configure them.
 
-    Args:
-      folder: exists.
-      context: tokens that the model reads, which texts are cut to when truncation is asked for.
+    Texts are cut to `context` tokens, which the model reads, when truncation is asked for.
     """
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     # It has no added tokens: they would be looked for in raw texts. `transformers` adds those that
@@ -71,8 +69,8 @@ def _rules() -> list[Normalizer]:
     In their regular expressions, Oniguruma's, `\\K` leaves out of the match what stands before it,
     and `\\G` is where the last match ended.
     """
-    spaces = "".join(chr(c) for c in range(0x110000) if chr(c).isspace())
-    controls = "".join(map(chr, ftfy.chardata.CONTROL_CHARS))
+    spaces = filter(str.isspace, map(chr, range(0x110000)))
+    controls = map(chr, ftfy.chardata.CONTROL_CHARS)
     return [
         _replace(rf"\A(?m:.){{{MAX_CHARACTERS}}}\K(?m:.)+", ""),
         _replace(rf"\e\[[\d;]*[a-zA-Z]|[{_escaped(controls)}]", ""),
@@ -124,22 +122,21 @@ def _entity_rules() -> list[Normalizer]:
     # Ampersands apart, since they begin the references of the next round.
     amp = "|".join(closed.pop("&"))
     ampersand = _replace(f"&(?:{amp}|{'|'.join(open_.pop('&'))})", "&")
+    # Names without a semicolon last: they begin others (`&not`, `&notin;`).
+    rest = (*closed.items(), *open_.items())
     return [
         _replace(fixable.format(f"(?:{amp})+"), "&"),
         *(_replace(fixable.format("|".join(spellings)), to) for to, spellings in fixed.items()),
         ampersand,
-        # Names without a semicolon last: they begin others (`&not`, `&notin;`).
-        *(_replace(f"&(?:{'|'.join(spellings)})", to) for to, spellings in closed.items()),
-        *(_replace(f"&(?:{'|'.join(spellings)})", to) for to, spellings in open_.items()),
+        *(_replace(f"&(?:{'|'.join(spellings)})", to) for to, spellings in rest),
         ampersand,
     ]
 
 
 def _replaced(to: str) -> bool:
     """Whether references to it are replaced: each rule takes half a microsecond of every text."""
-    return _fixed(to) != to or all(
-        c in _HTML4 or c < "\u2190" or "\u25a0" <= c < "\u27c0" for c in to
-    )
+    known = (c in _HTML4 or c < "\u2190" or "\u25a0" <= c < "\u27c0" for c in to)
+    return _fixed(to) != to or all(known)
 
 
 def _add(rules: dict[str, list[str]], to: str, *spellings: str) -> None:

@@ -40,8 +40,7 @@ def fit(
         all of them by name.
     """
     model = Model.read(model, "config.model")
-    differences = _differences(pretrained, model, resize)
-    if differences:
+    if differences := _differences(pretrained, model, resize):
         raise ValueError(
             f"{pretrained.source} holds another model than the configuration describes:\n  "
             + "\n  ".join(differences)
@@ -92,21 +91,18 @@ def resized(pretrained: Pretrained, resolution: int, context: int) -> tuple[Pret
     if resolution != image.resolution:
         fitted = image.resize(params["image"], resolution)
         if fitted is not params["image"]:
-            before, after = image.side, resolution // step
+            old, new = image.side, resolution // step
             notes.append(
-                f"positions of {before}×{before} patches were interpolated to {after}×{after}, for "
+                f"positions of {old}×{old} patches were interpolated to {new}×{new}, for "
                 f"{resolution} px"
             )
         params["image"] = fitted
     if context != text.context:
-        positions = params["text"]["positional_embedding"]
-        if context < text.context:
-            positions = positions[:context]
-            notes.append(f"positions of {text.context} tokens were cut to {context}")
-        else:
-            shape = (context, positions.shape[1])
+        positions, done = params["text"]["positional_embedding"][:context], "cut"
+        if context > text.context:
+            shape, done = (context, positions.shape[1]), "interpolated"
             positions = np.asarray(jax.image.resize(positions, shape, "linear", antialias=False))
-            notes.append(f"positions of {text.context} tokens were interpolated to {context}")
+        notes.append(f"positions of {text.context} tokens were {done} to {context}")
         params["text"] = {**params["text"], "positional_embedding": positions}
     side = pretrained.short_side
     return pretrained._replace(
@@ -127,15 +123,13 @@ def _differences(pretrained: Pretrained, model: Model, resize: bool) -> list[str
     theirs = {**pretrained.model, "image": image.as_dict(), "text": text.as_dict()}
     for name, value in flatten_dict(theirs, sep=".").items():
         own = ours.get(name, "absent")
-        if name in pretrained.unknown or name.removeprefix("image.") in OF_TRAINING:
+        fits = own == value or (name == "text.vocab_size" and own > value)
+        if fits or name in pretrained.unknown or name.removeprefix("image.") in OF_TRAINING:
             continue
-        if own == value or (name == "text.vocab_size" and own > value):
-            continue
+        hint = f"set config.model.{name}={value}"
         if name in ("image.resolution", "text.context"):
             if resize:
                 continue
-            hint = f"set config.model.{name}={value}, or config.init_resize=True"
-        else:
-            hint = f"set config.model.{name}={value}"
+            hint += ", or config.init_resize=True"
         lines.append(f"config.model.{name}: {value!r} in it, {own!r} in the configuration: {hint}")
     return lines

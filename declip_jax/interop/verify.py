@@ -1,27 +1,23 @@
 """Exported models in the hands of the library that they are for."""
 
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
-from declip_jax.interop import open_clip, openai, pretrained
-from declip_jax.interop.architecture import config_of, towers_of
+from declip_jax.interop import open_clip, openai, pretrained, reading
+from declip_jax.interop.architecture import TOWERS, config_of, part_of
 from declip_jax.interop.pretrained import Pretrained
 from declip_jax.models.two_towers import TwoTowers, two_towers
 
 # What computes each format, and how to get it. DeCLIP's program is no package.
-LIBRARIES = {
-    "open_clip": "open_clip_torch",
-    "openai": "open_clip_torch",  # names and computation are the same
-    "alip": "open_clip_torch",
-    "huggingface": "transformers",
-}
+# Of OpenAI's and ALIP's, names and computation are open_clip's.
+LIBRARIES = dict.fromkeys(("open_clip", "openai", "alip"), "open_clip_torch")
+LIBRARIES["huggingface"] = "transformers"
 
 
 class Features(NamedTuple):
@@ -46,7 +42,7 @@ def embeddings(
       pixels: float32 [N, H, W, 3], normalized.
       tokens: int32 [M, L].
     """
-    network, variables = two_towers(config_of(model.model)), towers_of(model.variables)
+    network, variables = two_towers(config_of(model.model)), part_of(model.variables, TOWERS)
 
     @jax.jit
     def encode(variables, pixels, tokens):
@@ -111,38 +107,31 @@ def version(format: str) -> str:
 
 def differences(one: Features, other: Features) -> dict[str, float]:
     """The largest difference of each kind; of logits as a share of the largest."""
-    found = {
-        name: float(np.abs(a - b).max())
-        for name, a, b in zip(Features._fields, one, other, strict=True)
-    }
+    largest = (float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
+    found = dict(zip(Features._fields, largest, strict=True))
     found["logits"] /= float(np.abs(one.logits).max())
     return found
 
 
 def same_arrays(folder: Path, model: Pretrained) -> bool:
     """Whether a folder, read again, holds the same arrays as the model bit for bit."""
-    again = jax.tree_util.tree_leaves_with_path(pretrained.read(folder).variables)
-    before = jax.tree_util.tree_leaves_with_path(model.variables)
-    return [path for path, _ in again] == [path for path, _ in before] and all(
-        np.array_equal(a.view(np.uint32), np.asarray(b).view(np.uint32))
-        for (_, a), (_, b) in zip(again, before, strict=True)
+    again, before = map(flatten_dict, (pretrained.read(folder).variables, model.variables))
+    return again.keys() == before.keys() and all(
+        np.array_equal(a.view(np.uint32), np.asarray(before[path]).view(np.uint32))
+        for path, a in again.items()
     )
 
 
 def _build_open_clip(library: Any, torch: Any, folder: Path) -> Any:
     """open_clip's network for names without a configuration of open_clip's."""
-    notes = json.loads((folder / pretrained.NOTES).read_text(encoding="utf-8"))
-    preprocess = notes["preprocess"]
-    config = open_clip.to_config(notes["model"], preprocess["mean"], preprocess["std"])
+    weights = reading.read(folder)
+    config = open_clip.to_config(weights.configs[pretrained.NOTES]["model"], mean=(), std=())
     network = library.CLIP(**config["model_cfg"])
-    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in weights.arrays.items()}
     network.load_state_dict({n: t for n, t in tensors.items() if n not in openai.SIZES})
     return network
 
 
 def _features(image, text, logit_scale, logit_bias) -> Features:
-    image, text = (
-        np.asarray(x) / np.linalg.norm(np.asarray(x), axis=-1, keepdims=True) for x in (image, text)
-    )
+    image, text = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (image, text))
     return Features(image, text, np.exp(np.asarray(logit_scale)) * image @ text.T + logit_bias)

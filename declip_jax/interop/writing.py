@@ -28,12 +28,13 @@ def adapt(model: Pretrained, format: str) -> tuple[Pretrained, list[str]]:
     """
     notes, sizes, variables = [], model.model, model.variables
     image, text = sections(sizes)
-    problems = []
-    for section, tower in (("image", image), ("text", text)):
-        for name, usual in tower.options().items():
-            value = getattr(tower, name)
-            if value != usual and name not in OF_TRAINING:
-                problems.append(f"{section}.{name}={value!r}, there it is {usual!r}")
+    towers = {"image": image, "text": text}
+    problems = [
+        f"{section}.{name}={getattr(tower, name)!r}, there it is {usual!r}"
+        for section, tower in towers.items()
+        for name, usual in tower.options().items()
+        if getattr(tower, name) != usual and name not in OF_TRAINING
+    ]
     if "logit_bias" in variables["params"] and format != "open_clip":
         problems.append("init_logit_bias is set, there logits have no bias")
     activation = ACTIVATIONS.get(format, sizes["activation"])
@@ -41,28 +42,20 @@ def adapt(model: Pretrained, format: str) -> tuple[Pretrained, list[str]]:
         problems.append(f"activation={sizes['activation']!r}, there it is {activation!r}")
     if format in ("openai", "alip"):
         problems += [
-            f"{name}.heads={heads}, there a head has 64 of the {channels} channels"
-            for name, heads, channels in (
-                ("image", image.heads, image.token_width),
-                ("text", text.heads, text.width),
-            )
-            if channels != 64 * heads
+            f"{name}.heads={tower.heads}, there a head has 64 of the {tower.token_width} channels"
+            for name, tower in towers.items()
+            if tower.token_width != 64 * tower.heads
         ]
     if format == "huggingface" and not isinstance(image, ViT):
         problems.append(f"image.kind={image.kind!r}, there is no ResNet there")
     if format == "declip" and not text.proj_bias:
         problems.append("text.proj_bias=False, there the projection of texts has a bias")
-    if format == "declip" and text.vocab_size != text.eot_id + 2:
-        problems.append(
-            f"text.vocab_size={text.vocab_size}, there the end token and the mask are last"
-        )
+    vocabulary, end = f"text.vocab_size={text.vocab_size}", text.eot_id
+    if format == "declip" and text.vocab_size != end + 2:
+        problems.append(f"{vocabulary}, there the end token and the mask are last")
     # At the largest id of a text its feature is read there; the mask's is in none.
-    argmax = format in ("open_clip", "openai", "alip")
-    if argmax and text.vocab_size > text.eot_id + 2:
-        problems.append(
-            f"text.eot_id={text.eot_id} of text.vocab_size={text.vocab_size}, "
-            "there a text ends in its largest id"
-        )
+    if format in ("open_clip", "openai", "alip") and text.vocab_size > end + 2:
+        problems.append(f"text.eot_id={end} of {vocabulary}, there a text ends in its largest id")
     if problems:
         raise ValueError(
             f"{model.source} cannot be written in the format {format!r}: it would compute "
@@ -97,10 +90,9 @@ def state_dict(model: Pretrained, format: str) -> dict[str, np.ndarray]:
     """The arrays of an adapted model under the format's names."""
     arrays = tables.dump(table_of(model, format), model.variables)
     if format == "openai":  # they tell its files from open_clip's and ALIP's
-        sizes = model.model["image"]["resolution"], model.model["text"]["context"]
-        sizes = (*sizes, model.model["text"]["vocab_size"])
-        arrays |= dict(zip(openai.SIZES, map(np.int64, sizes), strict=True))
-        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        image, text = model.model["image"], model.model["text"]
+        sizes = image["resolution"], text["context"], text["vocab_size"]
+        arrays |= dict(zip(openai.SIZES, map(np.asarray, map(np.int64, sizes)), strict=True))
     return arrays
 
 
@@ -115,8 +107,7 @@ def write(folder: Path, model: Pretrained, format: str, notes: dict[str, Any]) -
 
     Args:
       folder: exists, empty.
-      model: from `adapt`; its mean, std and short_side are known.
-      format: one of `pretrained.FORMATS`.
+      model: from `adapt`, for this format; its mean, std and short_side are known.
       notes: where the model comes from; they go into NOTES, which reading heeds.
     """
     file = folder / FILES.get(format, "model.safetensors")
@@ -133,16 +124,12 @@ def write(folder: Path, model: Pretrained, format: str, notes: dict[str, Any]) -
         "std": model.std,
     }
     if format == "open_clip":
-        write_json(
-            folder / "open_clip_config.json",
-            open_clip.to_config(model.model, model.mean, model.std, model.variables["params"]),
-        )
+        config = open_clip.to_config(model.model, model.mean, model.std, model.variables["params"])
+        write_json(folder / "open_clip_config.json", config)
     if format == "huggingface":
-        config = huggingface.to_config(model.model)
-        write_json(folder / "config.json", config)
-        write_json(
-            folder / "preprocessor_config.json", huggingface.to_preprocessor_config(preprocess)
-        )
+        write_json(folder / "config.json", huggingface.to_config(model.model))
+        config = huggingface.to_preprocessor_config(preprocess)
+        write_json(folder / "preprocessor_config.json", config)
         if model.model["text"]["eot_id"] == CLIP_TOKENIZER.end:
             write_tokenizer(folder, model.model["text"]["context"])
     told = {"format": format, "weights": file.name, "method": model.method, "model": model.model}
@@ -168,9 +155,6 @@ def _without_bias(params: dict[str, Any], format: str) -> tuple[dict[str, Any], 
             f"projection, {kernel.shape[0]} to {kernel.shape[1]}, does not reach it. open_clip's "
             "format has one."
         )
-    text = {
-        **text,
-        "proj": {"kernel": text["proj"]["kernel"]},
-        "ln_final": {**text["ln_final"], "bias": after},
-    }
+    text = {**text, "ln_final": {**text["ln_final"], "bias": after}}
+    text["proj"] = {"kernel": text["proj"]["kernel"]}
     return {**params, "text": text}, float(np.abs(shift).max())

@@ -13,9 +13,7 @@ class ImageFeatures(NamedTuple):
 
     embedding: jax.Array  # [..., D] projected, not normalized
     pooled: jax.Array  # [..., width] what the projection reads
-    tokens: (
-        jax.Array
-    )  # [..., P, width] the patches kept, after the last block, or cells of the last map
+    tokens: jax.Array  # [..., P, width] patches kept, after the last block, or the last map's cells
 
 
 class TextFeatures(NamedTuple):

@@ -1,5 +1,6 @@
-"""Initializers that draw as torch's modules do by default, as the published code does."""
+"""Layers and initializers that start as torch's modules do by default, as the published code's."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -8,6 +9,7 @@ from flax import linen as nn
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), nn.Conv2d's weights.
 conv_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+Conv = functools.partial(nn.Conv, use_bias=False, kernel_init=conv_kernel)
 
 
 def linear_bias(fan_in: int) -> Callable[..., jax.Array]:

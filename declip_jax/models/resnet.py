@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from declip_jax.models.batchnorm import BatchNorm
 from declip_jax.models.features import ImageFeatures
-from declip_jax.models.init import conv_kernel, linear_bias
+from declip_jax.models.init import Conv, linear_bias
 from declip_jax.models.tower import ImageTower
 from declip_jax.models.transformer import Compute
 from declip_jax.section import at_least, one_of
@@ -30,7 +30,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, views: int) -> jax.Array:
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=conv_kernel, dtype=self.dtype)
+        conv = functools.partial(Conv, dtype=self.dtype)
         norm = functools.partial(BatchNorm, self.bn_group_size, self.dtype)
         y = conv(self.width, (1, 1), name="conv1")(x)
         y = nn.relu(norm(name="bn1")(y, train, views))
@@ -66,9 +66,10 @@ class AttentionPool(nn.Module):
         x = jnp.concatenate([mean, x], axis=1)  # [B, P + 1, C]
         x = x + self.param("positional_embedding", normal, (cells + 1, channels))
         per_head = (batch, -1, self.heads, channels // self.heads)  # [B, T, C] -> [B, T, H, C/H]
-        query = dense(channels, name="q_proj")(x[:, :1]).reshape(per_head)
-        key = dense(channels, name="k_proj")(x).reshape(per_head)
-        value = dense(channels, name="v_proj")(x).reshape(per_head)
+        query, key, value = (
+            dense(channels, name=f"{name}_proj")(inputs).reshape(per_head)
+            for name, inputs in (("q", x[:, :1]), ("k", x), ("v", x))
+        )
         pooled = jax.nn.dot_product_attention(query, key, value)  # [B, 1, H, C/H]
         pooled = pooled.reshape(batch, channels)  # [B, 1, H, C/H] -> [B, C]
         return dense(self.embed_dim, name="c_proj")(pooled), pooled
@@ -109,13 +110,12 @@ class ResNet(ImageTower):
     def recognize(cls, shapes):
         width = shapes.of("image/conv3/kernel", 4)[3]
         blocks = {path.split("/")[1] for path in shapes if path.startswith("image/layer")}
+        depths = (sum(name.startswith(f"layer{n}_") for name in blocks) for n in range(1, 5))
         return cls(
             kind="resnet",
             resolution=32 * shapes.side("image/attnpool/positional_embedding"),
             width=width,
-            layers=tuple(
-                sum(name.startswith(f"layer{n}_") for name in blocks) for n in range(1, 5)
-            ),
+            layers=tuple(depths),
             heads=max(1, 32 * width // 64),
         )
 
@@ -142,31 +142,17 @@ class ModifiedResNet(nn.Module):
         config, dtype = self.config, self.compute.dtype
         config.check_size(images)
         width, group_size, x = config.width, config.bn_group_size, images
-        for n, (channels, stride) in enumerate(
-            ((width // 2, 2), (width // 2, 1), (width, 1)), start=1
-        ):
-            x = nn.Conv(
-                channels,
-                (3, 3),
-                strides=stride,
-                padding=1,
-                use_bias=False,
-                kernel_init=conv_kernel,
-                dtype=dtype,
-                name=f"conv{n}",
-            )(x)
+        stem = ((width // 2, 2), (width // 2, 1), (width, 1))  # channels and stride
+        for n, (channels, stride) in enumerate(stem, start=1):
+            conv = Conv(channels, (3, 3), stride, padding=1, dtype=dtype, name=f"conv{n}")
             norm = BatchNorm(group_size, dtype, name=f"bn{n}")
-            x = nn.relu(norm(x, train, views))
+            x = nn.relu(norm(conv(x), train, views))
         x = _pool(x, 2)
         for stage, depth in enumerate(config.layers):
             for block in range(depth):
-                x = Bottleneck(
-                    width=width * 2**stage,
-                    stride=2 if stage > 0 and block == 0 else 1,
-                    bn_group_size=group_size,
-                    dtype=dtype,
-                    name=f"layer{stage + 1}_{block}",
-                )(x, train, views)
+                stride, name = 2 if stage > 0 and block == 0 else 1, f"layer{stage + 1}_{block}"
+                bottleneck = Bottleneck(width * 2**stage, stride, group_size, dtype, name=name)
+                x = bottleneck(x, train, views)
         x = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, h, w, C] -> [B, h*w, C]
         attnpool = AttentionPool(config.heads, self.embed_dim, dtype, name="attnpool")
         return ImageFeatures(*attnpool(x), tokens=x)

@@ -79,31 +79,18 @@ class TextTransformer(nn.Module):
             )
         width, normal = config.width, nn.initializers.normal
         positions = self.param("positional_embedding", normal(0.01), (config.context, width))
-        x = nn.Embed(config.vocab_size, width, embedding_init=normal(0.02), name="token_embedding")(
-            tokens
-        )
+        rows = dict(num_embeddings=config.vocab_size, features=width)
+        embed = nn.Embed(**rows, embedding_init=normal(0.02), name="token_embedding")
         positions = jnp.pad(positions[:length], ((0, padding), (0, 0)))  # [L, width]
-        x = (x + positions).astype(compute.dtype)  # [B, L, width]
+        x = (embed(tokens) + positions).astype(compute.dtype)  # [B, L, width]
+        sizes = config.layers, width, config.heads
         x, _ = transformer.blocks(
-            layers=config.layers,
-            width=width,
-            heads=config.heads,
-            causal=True,
-            activation=self.activation,
-            compute=compute,
-            name="blocks",
+            *sizes, causal=True, activation=self.activation, compute=compute, name="blocks"
         )(x)
         words = transformer.LayerNorm(name="ln_final")(x)
         end = real_tokens(tokens, config.eot_id).sum(axis=1) - 1  # [B]
-        last = jnp.take_along_axis(
-            words, end[:, None, None], axis=1
-        )  # [B, L, width] -> [B, 1, width]
-        embedding = nn.Dense(
-            self.embed_dim,
-            use_bias=config.proj_bias,
-            kernel_init=normal(width**-0.5),
-            bias_init=linear_bias(width),
-            dtype=compute.dtype,
-            name="proj",
-        )(last[:, 0])
-        return TextFeatures(embedding, words)
+        last = jnp.take_along_axis(words, end[:, None, None], axis=1)[:, 0]  # [B, width]
+        start = dict(kernel_init=normal(width**-0.5), bias_init=linear_bias(width))
+        how = dict(use_bias=config.proj_bias, dtype=compute.dtype)
+        proj = nn.Dense(self.embed_dim, **start, **how, name="proj")
+        return TextFeatures(proj(last), words)

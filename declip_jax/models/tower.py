@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -32,17 +32,19 @@ class Tower(Section):
 
     Each builds its module, `build(embed_dim, activation, compute)`, and finds itself in parameters,
     `recognize(Shapes)`; the number of heads is no shape, so it is one for each 64 channels there.
+    `demands(where)` is what several fields have to do with each other: (holds, field, expected).
     Fields with a value are options, which a configuration need not name.
     """
+
+    @property
+    def token_width(self) -> int:
+        """Channels of the tokens, patches or cells among its features."""
+        return self.width
 
     @classmethod
     def options(cls) -> dict[str, Any]:
         fields = dataclasses.fields(cls)
         return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-
-    def demands(self, where: str) -> Iterable[tuple[bool, str, str]]:
-        """(holds, field, expected) of what several fields have to do with each other."""
-        raise NotImplementedError
 
     def check(self, where: str) -> None:
         for holds, field, expected in self.demands(where):
@@ -56,7 +58,6 @@ class ImageTower(Tower):
     first_layer: name of the layer that reads pixels.
     family: how such models' names begin in papers.
     step: pixels from a patch, or a cell of the last map, to the next.
-    token_width: channels of `ImageFeatures.tokens`.
     describe(): kind and depth in a few words.
     resize(params, resolution): its parameters, the positions interpolated.
     """

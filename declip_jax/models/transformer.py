@@ -55,37 +55,23 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, length, width = x.shape
-        normal = nn.initializers.normal
-        qkv = nn.Dense(
-            3 * width, dtype=self.dtype, kernel_init=normal(width**-0.5), name="in_proj"
-        )(x)
+        normal, dense = nn.initializers.normal, functools.partial(nn.Dense, dtype=self.dtype)
+        qkv = dense(3 * width, kernel_init=normal(width**-0.5), name="in_proj")(x)
         qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)  # [B, T, 3, H, w/H]
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        x = _attend(query, key, value, self.causal, self.implementation)
+        x = _attend(*(qkv[:, :, n] for n in range(3)), self.causal, self.implementation)
         x = x.reshape(batch, length, width)  # [B, T, H, w/H] -> [B, T, w]
-        return nn.Dense(width, dtype=self.dtype, kernel_init=normal(self.out_std), name="out_proj")(
-            x
-        )
+        return dense(width, kernel_init=normal(self.out_std), name="out_proj")(x)
 
 
 def _attend(query, key, value, causal: bool, implementation: str) -> jax.Array:
     """[B, T, H, w/H] three times -> [B, T, H, w/H]."""
-    batch, length = query.shape[:2]
-    lengths = None
-    odd = implementation == "cudnn" and length % 2
-    if odd:  # cuDNN's backward pass takes even lengths only
-        padding = ((0, 0), (0, 1), (0, 0), (0, 0))
-        query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
-        lengths = jnp.full((batch,), length, jnp.int32)
-    x = jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        is_causal=causal,
-        key_value_seq_lengths=lengths,
-        implementation=implementation,
-    )
-    return x[:, :length] if odd else x
+    length, how = query.shape[1], dict(is_causal=causal, implementation=implementation)
+    if implementation != "cudnn" or length % 2 == 0:
+        return jax.nn.dot_product_attention(query, key, value, **how)
+    # cuDNN's backward pass takes even lengths only.
+    padded = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value))
+    lengths = jnp.full(len(query), length, jnp.int32)
+    return jax.nn.dot_product_attention(*padded, key_value_seq_lengths=lengths, **how)[:, :length]
 
 
 class Mlp(nn.Module):
@@ -97,23 +83,12 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        normal = nn.initializers.normal
-        x = nn.Dense(
-            4 * width,
-            dtype=self.dtype,
-            kernel_init=normal((2 * width) ** -0.5),
-            bias_init=linear_bias(width),
-            name="c_fc",
-        )(x)
-        x = ACTIVATIONS[self.activation](x)
-        return nn.Dense(
-            width,
-            dtype=self.dtype,
-            kernel_init=normal(self.out_std),
-            bias_init=linear_bias(4 * width),
-            name="c_proj",
-        )(x)
+        width, normal = x.shape[-1], nn.initializers.normal
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        widen = dict(kernel_init=normal((2 * width) ** -0.5), bias_init=linear_bias(width))
+        narrow = dict(kernel_init=normal(self.out_std), bias_init=linear_bias(4 * width))
+        x = ACTIVATIONS[self.activation](dense(4 * width, **widen, name="c_fc")(x))
+        return dense(width, **narrow, name="c_proj")(x)
 
 
 class Block(nn.Module):
@@ -127,25 +102,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
-        dtype, implementation = self.compute.dtype, self.compute.attention
-        attention = Attention(
-            self.heads, self.causal, self.out_std, dtype, implementation, name="attn"
-        )
-        x = x + attention(LayerNorm(name="ln_1")(x))
+        dtype, attention = self.compute.dtype, self.compute.attention
+        attn = Attention(self.heads, self.causal, self.out_std, dtype, attention, name="attn")
+        x = x + attn(LayerNorm(name="ln_1")(x))
         mlp = Mlp(self.activation, self.out_std, dtype, name="mlp")
-        x = x + mlp(LayerNorm(name="ln_2")(x))
-        return x, None
+        return x + mlp(LayerNorm(name="ln_2")(x)), None
 
 
 def blocks(
-    *,
     layers: int,
     width: int,
     heads: int,
+    *,
     causal: bool,
     activation: str,
     compute: Compute,
-    name: str | None,
     block: type[nn.Module] = Block,
     **fields: Any,
 ) -> nn.Module:
@@ -157,22 +128,18 @@ def blocks(
 
     Args:
       activation: a key of ACTIVATIONS.
-      block: has `Block`'s fields and those in `fields`. What it carries from layer to layer may be
-        any pytree, such as (x, affinities): called with (carry, *same) it returns (carry, output),
-        and the stack (carry, outputs), outputs stacked over the layers. The carry keeps its
-        structure, shapes and types. `same` is given to every layer as it is: a mask, say.
+      block: has `Block`'s fields and those in `fields`, its `name` among them. What it carries from
+        layer to layer may be any pytree, such as (x, affinities): called with (carry, *same) it
+        returns (carry, output), and the stack (carry, outputs), outputs stacked over the layers.
+        The carry keeps its structure, shapes and types. `same` is given to every layer as it is: a
+        mask, say.
     """
     if compute.remat != "none":
         # Inside a loop nothing is there for common-subexpression elimination to merge with.
         block = nn.remat(block, policy=REMAT[compute.remat], prevent_cse=not compute.scan)
-    stack = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,
-        length=layers,
-        unroll=1 if compute.scan else layers,
-    )
+    layerwise = dict(variable_axes={"params": 0}, split_rngs={"params": True})
+    unroll = 1 if compute.scan else layers
+    stack = nn.scan(block, **layerwise, in_axes=nn.broadcast, length=layers, unroll=unroll)
     # The residual branches' last layers shrink with depth, to keep the stream's variance.
     out_std = width**-0.5 * (2 * layers) ** -0.5
-    return stack(heads, causal, out_std, activation, compute, name=name, **fields)
+    return stack(heads, causal, out_std, activation, compute, **fields)

@@ -29,10 +29,6 @@ def read_image(values: Any, where: str) -> ImageTower:
     return IMAGE_TOWERS[kind].read(values, where)
 
 
-def _read_heads(values: Any, where: str) -> Heads | None:
-    return None if values is None else Heads.read(values, where)
-
-
 class Model(Section):
     """`config.model`."""
 
@@ -41,7 +37,8 @@ class Model(Section):
     text: Text
     activation: str = one_of(*ACTIVATIONS)
     attention: str = one_of(*ATTENTION)
-    heads: Heads | None = option(read=_read_heads)  # None: a model without a method
+    # None: a model without a method.
+    heads: Heads | None = option(read=lambda x, where: None if x is None else Heads.read(x, where))
     dtype: str = one_of(*DTYPES)
     scan: bool
     remat: str = one_of(*REMAT)

@@ -5,9 +5,8 @@ from typing import Any
 
 
 def _vit(patch: int, width: int, layers: int, heads: int, resolution: int = 224) -> dict[str, Any]:
-    return dict(
-        kind="vit", resolution=resolution, patch=patch, width=width, layers=layers, heads=heads
-    )
+    sizes = dict(patch=patch, width=width, layers=layers, heads=heads)
+    return dict(kind="vit", resolution=resolution, **sizes)
 
 
 def _resnet(width: int, layers: tuple[int, int, int, int], resolution: int = 224) -> dict[str, Any]:
@@ -16,15 +15,8 @@ def _resnet(width: int, layers: tuple[int, int, int, int], resolution: int = 224
 
 
 def _text(width: int, heads: int) -> dict[str, Any]:
-    return dict(
-        vocab_size=49409,  # OpenAI's 49,408 and the mask token
-        eot_id=49407,
-        context=77,
-        width=width,
-        layers=12,
-        heads=heads,
-        proj_bias=False,
-    )
+    ids = dict(vocab_size=49409, eot_id=49407)  # OpenAI's 49,408 and the mask token
+    return dict(**ids, context=77, width=width, layers=12, heads=heads, proj_bias=False)
 
 
 # name: (embed_dim, image tower, text tower)

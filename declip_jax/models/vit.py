@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from declip_jax.models import transformer
 from declip_jax.models.features import ImageFeatures
-from declip_jax.models.init import conv_kernel
+from declip_jax.models.init import Conv
 from declip_jax.models.tower import ImageTower
 from declip_jax.models.transformer import Compute
 from declip_jax.section import at_least, between, one_of
@@ -41,10 +41,6 @@ class ViT(ImageTower):
     @property
     def step(self) -> int:
         return self.patch
-
-    @property
-    def token_width(self) -> int:
-        return self.width
 
     @property
     def patches_kept(self) -> int:
@@ -110,13 +106,8 @@ class MapHead(nn.Module):
         batch, _, width = x.shape
         normal = nn.initializers.normal(width**-0.5)
         query = self.param("query_embedding", normal, (width,))
-        attention = nn.MultiHeadDotProductAttention(
-            self.heads,
-            dtype=self.dtype,
-            kernel_init=normal,
-            force_fp32_for_softmax=True,
-            name="attn",
-        )
+        how = dict(dtype=self.dtype, kernel_init=normal, force_fp32_for_softmax=True)
+        attention = nn.MultiHeadDotProductAttention(self.heads, **how, name="attn")
         x = attention(jnp.broadcast_to(query, (batch, 1, width)), x)[:, 0]  # [B, width]
         mlp = transformer.Mlp(self.activation, width**-0.5, self.dtype, name="mlp")
         return x + mlp(transformer.LayerNorm(name="ln")(x))
@@ -145,17 +136,9 @@ class VisionTransformer(nn.Module):
         config, compute, width = self.config, self.compute, self.config.width
         config.check_size(images)
         normal, batch = nn.initializers.normal(width**-0.5), len(images)
-        x = nn.Conv(
-            width,
-            (config.patch, config.patch),
-            strides=(config.patch, config.patch),
-            padding="VALID",
-            use_bias=False,
-            kernel_init=conv_kernel,
-            dtype=compute.dtype,
-            name="patch_embed",
-        )(images)
-        x = x.reshape(batch, -1, width)  # [B, h, w, width] -> [B, N, width]
+        size = (config.patch, config.patch)
+        patches = Conv(width, size, size, "VALID", dtype=compute.dtype, name="patch_embed")
+        x = patches(images).reshape(batch, -1, width)  # [B, h, w, width] -> [B, N, width]
         first = int(config.pooling == "class_token")  # where the patches begin
         if first:
             class_embedding = self.param("class_embedding", normal, (width,))
@@ -173,14 +156,9 @@ class VisionTransformer(nn.Module):
             kept = jnp.pad(kept, ((0, 0), (first, 0)))  # [B, 1 + K], the class token in front
             x = jnp.take_along_axis(x, kept[..., None], axis=1)
         x = transformer.LayerNorm(name="ln_pre")(x).astype(compute.dtype)
+        sizes = config.layers, width, config.heads
         x, _ = transformer.blocks(
-            layers=config.layers,
-            width=width,
-            heads=config.heads,
-            causal=False,
-            activation=self.activation,
-            compute=compute,
-            name="blocks",
+            *sizes, causal=False, activation=self.activation, compute=compute, name="blocks"
         )(x)
         ln_post = transformer.LayerNorm(name="ln_post")
         if config.pooling == "class_token":
