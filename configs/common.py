@@ -28,8 +28,8 @@ def _common() -> ConfigDict:
     config.microbatches = 1  # parts that a batch is encoded in, one after the other
 
     # --- model -----------------------------------------------------------------------------------
-    # embed_dim, image, text. The towers' fields, with a comment each, and the options that `finish`
-    # adds: models/vit.py, resnet.py, text.py.
+    # embed_dim, image, text. The towers' fields, with a comment each, are those of models/vit.py,
+    # resnet.py and text.py; docs/towers.md tells of their options, which `finish` adds.
     config.model = ConfigDict(variant("ViT-B/32"))
     config.model.text.proj_bias = True  # DeCLIP's code has it; OpenAI's and open_clip's do not
     config.model.activation = "quick_gelu"  # or "gelu"
