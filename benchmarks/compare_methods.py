@@ -65,6 +65,7 @@ def config_of(variant: str, seed: int, args) -> ml_collections.ConfigDict:
     config.data.eda = ("swap", "delete")  # synonyms would need a file
     config.model.heads.update(projector=128, predictor=64, simclr_hidden=256, simclr=64, dense=64)
     config.optim.peak_lr = args.peak_lr
+    config.optim.warmup_steps = min(config.optim.warmup_steps, args.steps // 2)
     # Color is what captions tell: no gray, no turn of the hue, in any view.
     config.views.strong.update(
         crop_scale=(0.8, 1.0), jitter=(0.2, 0.2, 0.2, 0.0), jitter_prob=0.8, grayscale_prob=0.0

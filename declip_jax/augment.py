@@ -48,17 +48,8 @@ class View(Section):
 
 
 def augment(key: jax.Array, images: jax.Array, views: Sequence[View], mean, std) -> jax.Array:
-    """Augments and normalizes every view of a batch.
-
-    Args:
-      key: the step's key.
-      images: uint8 [B, V, H, W, 3].
-      views: V, in the order of axis 1.
-      mean: three channel means in 0..1.
-      std: three channel deviations in 0..1.
-
-    Returns:
-      float32 [B, V, H, W, 3].
+    """Augments every view of a batch with the step's key, and normalizes: uint8 [B, V, H, W, 3] ->
+    float32 of that shape. `views` are in the order of axis 1; means and deviations in 0..1.
     """
     example_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(images)))
     out = []

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 from declip_jax.digests import digest
+from declip_jax.models.tower import ImageTower
 from declip_jax.parallel.rules import path_name
 from declip_jax.section import Section, at_least
 from declip_jax.state import TrainState
@@ -27,7 +28,7 @@ from declip_jax.state import TrainState
 # Settings of the model that change how it is computed, not what it is; and the methods' own layers,
 # which not every method has: where one does not fit, restoring says so by its name.
 _FREE = ("model.scan", "model.remat", "model.dtype", "model.attention", "model.heads.")
-_FREE += ("model.image.patch_dropout", "model.init_logit_scale")
+_FREE += ("model.init_logit_scale", *(f"model.image.{n}" for n in ImageTower.OF_TRAINING))
 
 
 _MODEL_STATE = "extra"  # what `TrainState.model_state` is called on disk, as in the first runs
@@ -136,17 +137,11 @@ class Checkpoints:
         config: dict[str, Any],
         metrics: dict[str, float],
     ) -> str:
-        """Starts writing `state`; a later `save` or `close` waits for it.
+        """Starts writing `state`, of a step; a later `save` or `close` waits for it.
 
-        Args:
-          state: of a step.
-          samples: that the run has seen, its position in the data.
-          data: changes with the data; their order follows from them.
-          config: of the run, its `Config.record`.
-          metrics: of an evaluation at this step, else empty.
-
-        Returns:
-          The checkpoint's digest, see `digest_of`.
+        Beside it go the samples that the run has seen, its position in the data; what changes with
+        the data, from which their order follows; the run's `Config.record`; and the metrics of an
+        evaluation at this step, else none. Returns the checkpoint's digest, see `digest_of`.
         """
         step = int(state.step)
         record = {
@@ -172,11 +167,7 @@ class Checkpoints:
         ).record
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Restores a step's state.
-
-        Args:
-          step: one of `steps()`.
-          like: ShapeDtypeStructs with shardings; the checkpoint may come from any other mesh.
+        """Restores a step's state, `like` ShapeDtypeStructs with shardings, from whatever mesh.
 
         Raises:
           CheckpointError: leaves missing, unexpected or of another shape or dtype (each named), or
@@ -191,14 +182,9 @@ class Checkpoints:
         return TrainState(model_state=state.pop(_MODEL_STATE), **state)
 
     def restore_model(self, step: int, ema: bool | None = None) -> dict[str, Any]:
-        """Restores the model alone, of any configuration, as host arrays.
-
-        Args:
-          step: one of `steps()`.
-          ema: the moving average of the parameters; None: if there is one.
-
-        Returns:
-          {"params": …} and, of a model that has them, {"batch_stats": …}.
+        """Restores the model alone, of any configuration, as host arrays: {"params": …} and, of a
+        model that has them, {"batch_stats": …}. With `ema` the moving average of the parameters;
+        None: if there is one.
 
         Raises:
           CheckpointError: there is no moving average, or bytes that changed on disk.

@@ -44,7 +44,7 @@ class Config(Section):
     image_std: tuple[float, float, float]
     data: Data
     optim: Optim
-    ema_decay: float = between(0, 1, below=True)
+    ema_decay: float = between(0, 1, edges="[)")
     mesh: MeshShape
     compilation_cache: str
     profile: Profile

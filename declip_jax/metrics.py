@@ -175,13 +175,10 @@ class Progress:
 def silence_alarms() -> None:
     """Keeps XLA's alarms about slow compilation, a screen of text each, from the terminal.
 
-    On a slow machine a training step compiles for minutes, which is told in a line of our own. The
-    alarms are logged in C++ as errors, so with them goes all that C++ logs there short of fatal
-    errors, and what JAX's own logger has; exceptions come as ever. Only on a CPU: with a GPU or TPU
-    an error that C++ alone tells may be why a run fails. The backend is started before, so that why
-    it is the CPU's, as a driver that does not load, is still said.
-
-    JAX_LOGGING_LEVEL and TF_CPP_MIN_LOG_LEVEL in the environment, which JAX heeds, are left alone.
+    On a slow machine a training step compiles for minutes, which is told in a line of our own. With
+    the alarms goes all that C++ and JAX log short of fatal errors; exceptions come as ever. So only
+    on a CPU, whose backend is started before: why it is the CPU's, as a driver that does not load,
+    is still said. JAX_LOGGING_LEVEL and TF_CPP_MIN_LOG_LEVEL in the environment are left alone.
     """
     default = jax.default_backend() == "cpu" and jax.config.jax_logging_level in (None, "NOTSET")
     # jaxlib sets 1 where it is not set.

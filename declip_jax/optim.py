@@ -33,10 +33,10 @@ class Optim(Section):
     warmup_steps: int = at_least(0)
     schedule: str = one_of(*_SHAPES)
     end_lr: float = at_least(0)
-    b1: float = between(0, 1, below=True)
-    b2: float = between(0, 1, below=True)
+    b1: float = between(0, 1, edges="[)")
+    b2: float = between(0, 1, edges="[)")
     eps: float = at_least(0)
-    momentum: float = between(0, 1, below=True)
+    momentum: float = between(0, 1, edges="[)")
     weight_decay: float = at_least(0)
     decay_rules: tuple[tuple[str, bool], ...] = option(
         expected="pairs (pattern, True or False); a single one has a comma after it, as "
@@ -154,13 +154,7 @@ def make_optimizer(
     parameters without decay are spared, as in the authors' and NVIDIA's programs. "sgd" has
     Nesterov momentum and adds the decay to the gradient, as torch.optim.SGD does.
 
-    Args:
-      optim: the section of the configuration.
-      total_steps: of the run.
-      params: the parameters, or their ShapeDtypeStructs.
-
-    Returns:
-      The transformation and its learning-rate schedule.
+    Returns the transformation and its schedule; `params` may be ShapeDtypeStructs.
 
     Raises:
       ValueError: a pattern that finds no parameter. The transformation's `init` raises it for a

@@ -22,6 +22,10 @@ from typing import Any, Self
 from declip_jax.hints import did_you_mean
 
 LARGEST = 2**31 - 1  # of whole numbers, which become int32 on devices
+NoneType = type(None)
+_SCALARS = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str, NoneType: NoneType}
+_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+_NAMES[NoneType] = "None"
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -86,36 +90,25 @@ def at_least(low: float, value: Any = dataclasses.MISSING) -> Any:
 
     def rule(given) -> str:
         several = given if isinstance(given, tuple) else (given,)
-        if any(isinstance(one, int) and one > LARGEST for one in several):
+        high = max(several, default=low)
+        if high > LARGEST and isinstance(high, int) or high == math.inf:
             return f"must be at most {LARGEST}"
-        if any(one == math.inf for one in several):
-            return "must be finite"
-        return "" if all(low <= one for one in several) else f"must be at least {low}"
+        return "" if low <= min(several, default=low) else f"must be at least {low}"
 
     return option(value, rule=rule)
 
 
-def between(
-    low: float,
-    high: float,
-    value: Any = dataclasses.MISSING,
-    *,
-    above: bool = False,
-    below: bool = False,
-) -> Any:
-    """A number from `low` to `high`; above `low`, below `high` if so told."""
-    edges = (f", above {low}" if above else "") + (f", below {high}" if below else "")
+def between(low: float, high: float, value: Any = dataclasses.MISSING, *, edges: str = "[]") -> Any:
+    """A number from `low` to `high`; a round bracket leaves an edge out, as in "(0, 1]"."""
+    above, below = edges[0] == "(", edges[1] == ")"
+    told = f"must lie in {low} … {high}" if high < math.inf else f"must be at least {low}"
+    told += (f", above {low}" if above else "") + (f", below {high}" if below else "")
 
     def rule(given) -> str:
         inside = low <= given <= high and not (above and given == low or below and given == high)
-        return "" if inside else f"must lie in {low} … {high}{edges}"
+        return "" if inside else told
 
     return option(value, rule=rule)
-
-
-def positive(value: Any = dataclasses.MISSING) -> Any:
-    """A number above 0."""
-    return option(value, rule=lambda given: "" if 0 < given < math.inf else "must be above 0")
 
 
 def one_of(*known: str, value: Any = dataclasses.MISSING) -> Any:
@@ -141,20 +134,12 @@ def read_value(value: Any, hint: Any, where: str, expected: str = "") -> Any:
             except ValueError:
                 continue
         raise wrong
-    if hint is type(None) or hint is bool or hint is str:
-        if isinstance(value, hint):
-            return value
-        raise wrong
-    if hint is int:
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    if hint in _SCALARS:
+        if not isinstance(value, _SCALARS[hint]) or (isinstance(value, bool) and hint is not bool):
             raise wrong
-        return int(value)
-    if hint is float:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            raise wrong
-        if math.isnan(value):
+        if value != value:
             raise ValueError(f"{where}={value!r} is not a number.")
-        return float(value)
+        return value if value is None else hint(value)
     if origin is dict:
         if not _is_mapping(value):
             raise wrong
@@ -177,9 +162,8 @@ def _read_field(value: Any, hint: Any, field: dataclasses.Field, where: str) -> 
     if metadata["read"]:
         return metadata["read"](value, where)
     value = read_value(value, hint, where, metadata["expected"])
-    if metadata["rule"]:
-        if broken := metadata["rule"](value):
-            raise ValueError(f"{where}={value!r} {broken}" + ("" if broken[-1] in ".?" else "."))
+    if broken := metadata["rule"] and metadata["rule"](value):
+        raise ValueError(f"{where}={value!r} {broken}" + ("" if broken[-1] in ".?" else "."))
     return value
 
 
@@ -188,12 +172,9 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint in names:
-        return names[hint]
-    if hint is type(None):
-        return "None"
+    if hint in _NAMES:
+        return _NAMES[hint]
     if origin is tuple and inner[1:] == (...,):
         return f"a tuple, each of it {_describe(inner[0])}"
     if origin is tuple:

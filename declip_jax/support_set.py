@@ -126,10 +126,8 @@ def nearest(state: State, queries: jax.Array, k: int = 1, *, mesh: Mesh, block: 
 def enqueue(state: State, batch: jax.Array, *, mesh: Mesh) -> State:
     """Overwrites the oldest rows of the set with `batch`, in its order; no gradient flows into it.
 
-    Args:
-      state: the set; donate it, and its rows are replaced in place.
-      batch: [M, D] unit rows, any M: of more than N the last N stay.
-      mesh: over all of whose axes the set lies.
+    The batch is [M, D] unit rows: of more than N the last N stay. The rows of a set that is donated
+    are replaced in place.
     """
     axes = mesh.axis_names
     size, count = len(state["rows"]), len(batch)
@@ -146,25 +144,16 @@ def enqueue(state: State, batch: jax.Array, *, mesh: Mesh) -> State:
     rows = jax.shard_map(replace, mesh=mesh, in_specs=(by_rows, whole, whole), out_specs=by_rows)(
         *jax.lax.stop_gradient((state["rows"], batch)), pointer
     )
-    return {
-        "rows": rows,
-        "pointer": pointer,
-        "filled": jnp.minimum(state["filled"] + count, size),
-    }
+    return {"rows": rows, "pointer": pointer, "filled": jnp.minimum(state["filled"] + count, size)}
 
 
 def metrics(neighbors: Neighbors, state: State, *, young_rows: int) -> dict[str, jax.Array]:
-    """How the set does, as scalars.
+    """How the set does, as scalars, by the neighbors of some queries that were found in it.
 
-    Args:
-      neighbors: of one or more queries, found in `state`.
-      state: the set.
-      young_rows: a neighbor is young if fewer rows than these were enqueued after it. If nearly
-        all are, the set is larger than it need be, or its old rows are out of date.
-
-    Returns:
-      "nn_similarity": mean cosine between a query and its nearest row. "nn_replaced": share of the
-      set that is no longer random. "nn_young": share of the queries whose nearest row is young.
+    "nn_similarity": mean cosine between a query and its nearest row. "nn_replaced": share of the
+    set that is no longer random. "nn_young": share of the queries after whose nearest row fewer
+    than `young_rows` were enqueued: if nearly all are young, the set is larger than it need be, or
+    its old rows are out of date.
     """
     age = neighbors.age[:, 0]
     return {

@@ -90,8 +90,9 @@ def complete(recorded: Mapping[str, Any], where: str, preprocess: str | None = N
             f"{where} was written by a later version (configuration {version}, this program knows "
             f"up to {VERSION}): update declip_jax."
         )
+    recorded = renamed(recorded, told=False)
     if version == 0:
-        recorded = _merge(_ADDED, renamed(recorded, told=False))
+        recorded = _merge(_ADDED, recorded)
         recorded["eval"] = _protocol(recorded, where, preprocess)
     if preprocess:
         recorded["eval"] = {**recorded["eval"], "preprocess": preprocess}

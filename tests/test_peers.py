@@ -380,7 +380,7 @@ def test_a_bias_of_the_logits_is_compared(tmp_path):
     save(network, model_cfg, tmp_path / "theirs")
     model = pretrained.read(tmp_path / "theirs")
     assert model.variables["params"]["logit_bias"] == network.logit_bias.item() != 0
-    export.export(model, "open_clip", tmp_path / "ours", {})
+    exporting.export(model, "open_clip", tmp_path / "ours", {})
     pixels, tokens = inputs(model.model)
     other = verify.theirs(tmp_path / "ours", "open_clip", pixels, tokens)
     assert verify.differences(verify.ours(model, pixels, tokens), other)["logits"] < 1e-5
@@ -899,7 +899,7 @@ def test_verification_finds_what_was_changed(format, change, message, run, tmp_p
         change(folder)
         return written
 
-    monkeypatch.setattr(export, "export", write_and_change)
+    monkeypatch.setattr(exporting, "export", write_and_change)
     arguments = ["--workdir", run, "--format", format, "--output", tmp_path / "out"]
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         command(monkeypatch, *arguments, "--verify")

@@ -14,7 +14,7 @@ class Inner(Section):
 
 class Example(Section):
     name: str = one_of("adamw", "sgd")
-    share: float = between(0, 1, above=True, below=True)
+    share: float = between(0, 1, edges="()")
     sizes: tuple[int, ...] = at_least(1)
     range: tuple[float, float]
     flag: bool

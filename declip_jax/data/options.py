@@ -28,17 +28,12 @@ class Columns(Section):
 
 
 class Share(Section):
-    """A source of a mixture; what is None is as for all of them.
-
-    Attributes:
-      weight: its share of the samples, in any unit; None: as many as it has records.
-      columns: some of those of `Columns`.
-    """
+    """A source of a mixture; what is None is as for all of them."""
 
     source: str
     split: str | None = None
-    weight: float | None = None
-    columns: dict[str, Any] | None = None
+    weight: float | None = None  # of the samples, in any unit; None: as many as it has records
+    columns: dict[str, Any] | None = None  # some of those of `Columns`
 
 
 def _mixture(value: Any, where: str) -> tuple[Share, ...]:

@@ -39,17 +39,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Texts to ids and back; a value that goes to worker processes as four numbers.
+    """Texts to ids and back; a value that goes to worker processes as four numbers."""
 
-    Attributes:
-      start, end: ids around every text.
-      mask: hides another id; OpenAI's has none, and `encode` never gives it.
-      vocab_size: how many ids there are.
-    """
-
-    start: int
+    start: int  # ids around every text
     end: int
-    mask: int
+    mask: int  # hides another id; OpenAI's has none, and `encode` never gives it
     vocab_size: int
 
     def encode(self, texts: Sequence[str], context: int) -> np.ndarray:

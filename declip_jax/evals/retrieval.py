@@ -157,22 +157,12 @@ def ranks(
 
 
 def top_matches(
-    queries: np.ndarray,
-    candidates: np.ndarray,
-    k: int,
-    block: int = 1024,
-    mesh: Mesh | None = None,
+    queries: np.ndarray, candidates: np.ndarray, k: int, block: int = 1024, mesh: Mesh | None = None
 ) -> np.ndarray:
     """The candidates with the highest scores, best first; of equal ones, the lower index first.
 
-    Args:
-      queries: float32 [N, D].
-      candidates: float32 [M, D].
-      k: matches a query.
-      block, mesh: as for `retrieval`.
-
-    Returns:
-      int32 [N, min(k, M)], rows of `candidates`.
+    Of float32 [N, D] queries and [M, D] candidates: int32 [N, min(k, M)], rows of the candidates.
+    `block` and `mesh` are as for `retrieval`.
     """
     k = min(k, len(candidates))
     targets = list(_blocks(candidates, np.arange(len(candidates)), block, mesh, divided=False))

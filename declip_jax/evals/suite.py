@@ -310,11 +310,7 @@ class FewShot(_Probe):
 
 
 class KNN(_Probe):
-    """The nearest images of the training split, those for validation too, vote.
-
-    Args:
-      neighbors, temperature: see `knn.knn`.
-    """
+    """The nearest images of the training split, those for validation too, vote; see `knn.knn`."""
 
     task = "knn"
 

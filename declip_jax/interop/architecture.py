@@ -15,8 +15,6 @@ from declip_jax.models.tower import ImageTower, Shapes
 from declip_jax.models.two_towers import IMAGE_TOWERS, TwoTowers, read_image, two_towers
 
 TOWERS = ("image", "text", "logit_scale")  # of a model's parameters; the rest are methods' heads
-# Fields of an image tower that are of training alone.
-OF_TRAINING = ("bn_group_size", "patch_dropout")
 
 
 def infer(variables: Mapping[str, Any], format: str) -> dict[str, Any]:

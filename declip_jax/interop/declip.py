@@ -49,6 +49,7 @@ _HEADS = [
 ]
 
 
+HEADS = frozenset(entry.ours.split("/")[1] for entry in _HEADS) | {"logit_scale_dense"}
 _IGNORED = (
     r".*\.num_batches_tracked",  # torch's counter, used only without a momentum
     r"visual\.fc\.(weight|bias)",  # the ResNet's classifier, which no loss reads

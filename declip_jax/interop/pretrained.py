@@ -1,6 +1,6 @@
 """Models of others as ours: which layout a file has, and what model it holds."""
 
-import hashlib
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +9,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from declip_jax.digests import digest_of
 from declip_jax.interop import architecture, declip, huggingface, open_clip, openai, reading, tables
 from declip_jax.interop.formats import FORMATS
+from declip_jax.models.tower import ImageTower
+from declip_jax.models.two_towers import IMAGE_TOWERS
 
 NOTES = "declip_jax.json"  # what `export` writes beside the weights
 
@@ -21,39 +24,34 @@ _BESIDE = {
 }
 # Of formats whose program has no choice.
 ACTIVATIONS = {"openai": "quick_gelu", "declip": "quick_gelu", "alip": "gelu"}
-# Options that models have had since digests of them were recorded: as they were, they do not count.
-_LATER = {"image.pooling": "class_token", "image.positions": "learned", "image.patch_dropout": 0.0}
+# Options that came after digests of models had been recorded: where they are not used, they do not
+# count. `bn_group_size` was there from the first.
+_LATER = {
+    f"image.{name}": value
+    for tower in IMAGE_TOWERS.values()
+    for name, value in tower.options().items()
+    if name != "bn_group_size"
+}
 
 
 class Pretrained(NamedTuple):
-    """A model that was read from a file.
+    """A model that was read from a file."""
 
-    Attributes:
-      source: where it comes from.
-      format: one of FORMATS; "" if the names are those of OpenAI, open_clip and ALIP alike; or
-        "declip_jax" of a run.
-      method: that trained it: "clip" if nothing tells of another.
-      layout: the table that it was read with; None of a run.
-      variables: {"params": …, "batch_stats": …}, float32 numpy arrays: the towers whole, and heads.
-      model: sizes and activation, the fields of a config's `model` section.
-      unknown: those of them that the file does not tell, as "image.heads": `model` has what is
-        usual, for the activation None.
-      mean, std: of the channels, that images are normalized with; None if the file does not tell.
-      short_side: pixels that images are resized to before the crop; likewise.
-      notes: what the file tells and we do otherwise, in lines.
-    """
-
-    source: Path
+    source: Path  # where it comes from
+    # One of FORMATS; "" if the names are those of OpenAI, open_clip and ALIP alike; or "declip_jax"
+    # of a run.
     format: str
-    method: str
-    layout: tables.Layout | None
+    method: str  # that trained it: "clip" if nothing tells of another
+    layout: tables.Layout | None  # the table that it was read with; None of a run
+    # {"params": …, "batch_stats": …}, float32 numpy arrays: the towers whole, and heads
     variables: dict[str, Any]
-    model: dict[str, Any]
+    model: dict[str, Any]  # sizes and activation, the fields of a config's `model` section
+    # Those of them that the file does not tell, as "image.heads": `model` has what is usual.
     unknown: tuple[str, ...]
-    mean: tuple[float, ...] | None = None
+    mean: tuple[float, ...] | None = None  # that images are normalized with; None: not told
     std: tuple[float, ...] | None = None
-    short_side: int | None = None
-    notes: tuple[str, ...] = ()
+    short_side: int | None = None  # pixels that images are resized to before the crop; likewise
+    notes: tuple[str, ...] = ()  # what the file tells and we do otherwise, in lines
 
     def describe(self) -> str:
         """One line for the log."""
@@ -67,12 +65,11 @@ class Pretrained(NamedTuple):
 
     def digest(self) -> str:
         """Of all values and settings that scores follow from."""
-        digest = hashlib.blake2b(digest_size=16)
         settings = sorted(flatten_dict(self.model, sep=".").items() - _LATER.items())
-        digest.update(repr((settings, self.mean, self.std, self.short_side)).encode())
-        for path, leaf in sorted(flatten_dict(self.variables, sep="/").items()):
-            digest.update(path.encode() + np.ascontiguousarray(leaf).data)
-        return digest.hexdigest()
+        parts = [repr((settings, self.mean, self.std, self.short_side)).encode()]
+        arrays = sorted(flatten_dict(self.variables, sep="/").items())
+        values = (path.encode() + np.ascontiguousarray(leaf).data for path, leaf in arrays)
+        return digest_of(itertools.chain(parts, values))
 
 
 def read(path: str | Path, format: str = "") -> Pretrained:
@@ -126,7 +123,7 @@ def of_arrays(
         section, _, field = name.rpartition(".")
         ours = model[section] if section else model
         value = tuple(value) if isinstance(value, list) else value
-        if value is None or field in architecture.OF_TRAINING:
+        if value is None or field in ImageTower.OF_TRAINING:
             continue
         if name in unknown or name == "text.eot_id":
             ours[field] = value

@@ -29,17 +29,12 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 class Weights(NamedTuple):
-    """A file of weights.
-
-    Attributes:
-      path: the file.
-      arrays: by name, without prefixes that all of them have.
-      configs: by file name, those of `CONFIGS` that stand beside it, parsed;
-        processor_config.json's image processor as "preprocessor_config.json".
-    """
+    """A file of weights."""
 
     path: Path
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]  # by name, without prefixes that all of them have
+    # By file name, those of `CONFIGS` that stand beside it, parsed; processor_config.json's image
+    # processor as "preprocessor_config.json".
     configs: dict[str, dict[str, Any]]
 
 

@@ -9,8 +9,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from declip_jax.interop import tables
-from declip_jax.interop.architecture import OF_TRAINING, TOWERS, part_of, sections
+from declip_jax.interop.architecture import TOWERS, part_of, sections
 from declip_jax.interop.pretrained import Pretrained
+from declip_jax.models.tower import ImageTower
 from declip_jax.models.two_towers import Model
 
 TOKENS = ("params", "text", "token_embedding", "embedding")
@@ -124,7 +125,11 @@ def _differences(pretrained: Pretrained, model: Model, resize: bool) -> list[str
     for name, value in flatten_dict(theirs, sep=".").items():
         own = ours.get(name, "absent")
         fits = own == value or (name == "text.vocab_size" and own > value)
-        if fits or name in pretrained.unknown or name.removeprefix("image.") in OF_TRAINING:
+        if (
+            fits
+            or name in pretrained.unknown
+            or name.removeprefix("image.") in ImageTower.OF_TRAINING
+        ):
             continue
         hint = f"set config.model.{name}={value}"
         if name in ("image.resolution", "text.context"):

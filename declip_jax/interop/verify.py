@@ -37,10 +37,7 @@ def embeddings(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows [N, D] and [M, D] by our towers, in float32, not normalized.
 
-    Args:
-      model: with a known activation.
-      pixels: float32 [N, H, W, 3], normalized.
-      tokens: int32 [M, L].
+    The pixels are normalized, float32 [N, H, W, 3], the tokens int32 [M, L].
     """
     network, variables = two_towers(config_of(model.model)), part_of(model.variables, TOWERS)
 

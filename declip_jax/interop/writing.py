@@ -7,10 +7,11 @@ import numpy as np
 import safetensors.numpy
 
 from declip_jax.data.tokenizer import CLIP_TOKENIZER
-from declip_jax.interop import huggingface, open_clip, openai, tables
-from declip_jax.interop.architecture import OF_TRAINING, TOWERS, part_of, sections
+from declip_jax.interop import declip, huggingface, open_clip, openai, tables
+from declip_jax.interop.architecture import TOWERS, part_of, sections
 from declip_jax.interop.pretrained import ACTIVATIONS, NOTES, Pretrained, layout_of
 from declip_jax.interop.tokenizer_files import write_json, write_tokenizer
+from declip_jax.models.tower import ImageTower
 from declip_jax.models.vit import ViT
 
 FILES = {"open_clip": "open_clip_model.safetensors"}  # other formats: model.safetensors
@@ -33,7 +34,7 @@ def adapt(model: Pretrained, format: str) -> tuple[Pretrained, list[str]]:
         f"{section}.{name}={getattr(tower, name)!r}, there it is {usual!r}"
         for section, tower in towers.items()
         for name, usual in tower.options().items()
-        if getattr(tower, name) != usual and name not in OF_TRAINING
+        if getattr(tower, name) != usual and name not in ImageTower.OF_TRAINING
     ]
     if "logit_bias" in variables["params"] and format != "open_clip":
         problems.append("init_logit_bias is set, there logits have no bias")
@@ -69,10 +70,11 @@ def adapt(model: Pretrained, format: str) -> tuple[Pretrained, list[str]]:
         )
     if format == "huggingface" and text.eot_id != CLIP_TOKENIZER.end:
         notes.append("the tokenizer stays behind: the vocabulary is another one")
-    held = (*TOWERS, "logit_bias")  # which other formats were refused with
-    heads = sorted({*variables["params"]} - {*held})
-    if heads and format != "declip":
-        notes.append(f"left out, since only DeCLIP's format has them: {', '.join(heads)}")
+    held = {*TOWERS, "logit_bias"}  # which other formats were refused with
+    held |= declip.HEADS if format == "declip" else set()
+    if heads := sorted({*variables["params"]} - held):
+        where = "no format has" if format == "declip" else "only DeCLIP's format may have"
+        notes.append(f"left out, since {where} them: {', '.join(heads)}")
         variables = part_of(variables, held)
     if text.proj_bias and format in ("huggingface", "openai", "alip"):
         params, shift = _without_bias(variables["params"], format)

@@ -23,13 +23,9 @@ GROUP = 64  # examples that share their places: many, so that their number varie
 def take_masked(words: jax.Array, labels: jax.Array, share: float) -> Masked:
     """Gathers the features of masked positions, so that a head need not run on all of them.
 
-    What is masked beyond the places of a group is left out. With `share` somewhat above the rate of
-    masking that hardly happens: padding takes none, and a group is large.
-
-    Args:
-      words: [B, L, width].
-      labels: int32 [B, L], the id to predict or -1.
-      share: places for each position.
+    What is masked beyond the places of a group is left out. With a `share`, places for each
+    position, somewhat above the rate of masking that hardly happens: a group is large.
+    `words` are [B, L, width], `labels` int32 [B, L]: the id to predict or -1.
     """
     batch, length, width = words.shape
     group = math.gcd(batch, GROUP)
@@ -58,13 +54,9 @@ class MaskedLoss(NamedTuple):
 def masked_lm(
     head: Callable[[jax.Array], jax.Array], words: jax.Array, labels: jax.Array, share: float
 ) -> MaskedLoss:
-    """Cross-entropy of the ids at masked positions.
+    """Cross-entropy of the ids at masked positions, for the rest as `take_masked`.
 
-    Args:
-      head: features [..., width] -> logits [..., vocabulary].
-      words: [B, L, width].
-      labels: int32 [B, L], the id to predict or -1.
-      share: see `take_masked`.
+    `head` makes features [..., width] to logits [..., vocabulary].
     """
     masked = take_masked(words, labels, share)
     logits = head(masked.words).astype(jnp.float32)  # [G, K, vocabulary]

@@ -2,7 +2,7 @@
 
 import math
 
-from declip_jax.section import Section, at_least, between, positive
+from declip_jax.section import Section, at_least, between
 
 
 class SupportSet(Section):
@@ -18,7 +18,7 @@ class LateInteraction(Section):
 
 
 class Adaptive(Section):
-    momentum: float = between(0, 1, below=True)
+    momentum: float = between(0, 1, edges="[)")
     gamma: float = at_least(0)
 
 
@@ -28,9 +28,9 @@ class Loss(Section):
     weights: dict[str, float]
     logit_scale_range: tuple[float, float]
     max_scale: float = at_least(0)
-    temperature: float = positive()
+    temperature: float = between(0, math.inf, edges="()")
     contrast_masked: bool
-    mlm_capacity: float = between(0, 1, above=True)
+    mlm_capacity: float = between(0, 1, edges="(]")
     support_set: SupportSet
     late_interaction: LateInteraction
     adaptive: Adaptive

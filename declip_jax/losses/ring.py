@@ -115,15 +115,7 @@ _info_nce.defvjp(_forward, _backward)
 def positive_rank(queries: jax.Array, keys: jax.Array, *, mesh: Mesh, block: int) -> jax.Array:
     """`contrastive.positive_rank`, holding [N / devices, block] similarities; it has no gradient.
 
-    Args:
-      queries: float32 [N, D] unit rows, sharded over all axes of the mesh.
-      keys: likewise; row i is the own key of query i.
-      mesh: the mesh that the rows lie on.
-      block: most columns of similarities to hold at once, as for `info_nce`.
-
-    Returns:
-      int32 [N]: how many keys are nearer to query i than key i. Of equally near keys those with
-      the lower index count as nearer, and so does what is not a number.
+    Queries and keys float32 [N, D] are sharded as those of `info_nce`; the rank is int32 [N].
 
     Raises:
       ValueError: the rows cannot be divided over the devices.

@@ -171,12 +171,8 @@ def build(
 ) -> Method:
     """Assembles a method.
 
-    Args:
-      definition: of the method.
-      model, loss: sections of the configuration.
-      batch_size: of a step, over all devices.
-      microbatches: parts that it is encoded in; see `make_encode`.
-      mesh: that arrays lie over.
+    The batch size is that of a step, over all devices of the mesh that arrays lie over; for
+    `microbatches` see `make_encode`.
 
     Raises:
       ValueError: a setting that the method cannot take.

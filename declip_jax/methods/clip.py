@@ -9,6 +9,5 @@ def clip(x: Inputs):
 
 
 METHOD = Definition(
-    views=lambda loss: Views(image=("weak",), text=("caption",)),
-    terms={"clip": clip},
+    views=lambda loss: Views(image=("weak",), text=("caption",)), terms={"clip": clip}
 )

@@ -29,7 +29,7 @@ class ViT(ImageTower):
     pooling: str = one_of("class_token", "mean", "attention", value="class_token")
     positions: str = one_of("learned", "sincos2d", value="learned")
     # FLIP (Li et al., https://arxiv.org/abs/2212.00794): share of patches left out in training.
-    patch_dropout: float = between(0, 1, 0.0, below=True)
+    patch_dropout: float = between(0, 1, 0.0, edges="[)")
 
     def demands(self, where):
         fits = self.resolution % self.patch == 0

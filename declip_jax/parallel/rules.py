@@ -34,12 +34,9 @@ def compile_pattern(pattern: str, what: str) -> re.Pattern:
 
 
 def match(tree: Any, rules: Sequence[tuple[str, Any]], what: str) -> Any:
-    """Gives every leaf the value of the first rule whose pattern is found in its path.
+    """Gives every leaf of a pytree the value of the first rule whose pattern is found in its path.
 
-    Args:
-      tree: any pytree.
-      rules: (regular expression, value) pairs.
-      what: the rules' name, for the error.
+    Rules are pairs (regular expression, value); `what` is their name, for the error.
 
     Raises:
       ValueError: leaves that no rule covers, by name, or a pattern that is no regular expression.
@@ -77,4 +74,6 @@ def shardings(tree: Any, mesh: Mesh, rules=SHARDING_RULES) -> Any:
                 spec[max(dims, key=lambda d: leaf.shape[d])] = "fsdp"
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(place, match(tree, rules, "SHARDING_RULES"), tree)
+    return jax.tree.map(
+        place, match(tree, rules, "SHARDING_RULES in declip_jax/parallel/rules.py"), tree
+    )
