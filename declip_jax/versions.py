@@ -1,9 +1,9 @@
 """Configurations that earlier versions of this program recorded, as today's.
 
 A recorded configuration has a "version"; the first ones have none, which is 0. A change to
-configs/common.py that old runs must be read with raises VERSION, and has its line here: a field
-that is added gets the value with which a run does what it did before, a field with a new name is
-mapped. Fields that towers may leave out (`section.option` with a value) need no line.
+configs/common.py that old runs must be read with has its line here: fields that are added get the
+values with which a run does what it did before, one dict more in `_ADDED` raising VERSION; a field
+with a new name is mapped. Options of towers, which have values of their own, need no line.
 """
 
 import math
@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
-
-VERSION = 1
 
 # Names that have changed since version 0: old ones also work on the command line and in files.
 RENAMED = {
@@ -22,54 +20,57 @@ RENAMED = {
     "views.strong.grey_prob": "views.strong.grayscale_prob",
 }
 
-# What runs of version 0 may lack, since version 0 itself grew, and what they did without it.
-_ADDED = {
-    "microbatches": 1,
-    "init_from": "",
-    "init_resize": False,
-    "model": {
-        "attention": "xla",
-        "heads": dict(projector=1024, predictor=512, simclr_hidden=4096, simclr=256, dense=256),
-        "init_logit_scale": -math.log(0.07),
-        "init_logit_bias": None,
+# What records of version 0, 1, … lack, and what runs did without it; version 0 itself grew.
+_ADDED = (
+    {
+        "microbatches": 1,
+        "init_from": "",
+        "init_resize": False,
+        "model": {
+            "attention": "xla",
+            "heads": dict(projector=1024, predictor=512, simclr_hidden=4096, simclr=256, dense=256),
+            "init_logit_scale": -math.log(0.07),
+            "init_logit_bias": None,
+        },
+        "loss": {
+            "max_scale": 0.0,
+            "temperature": 0.1,
+            "contrast_masked": True,
+            "mlm_capacity": 0.2,
+            "support_set": dict(size=65_536, neighbors=1, young_steps=2),
+            "late_interaction": dict(tokens=16, mask_padding=False, all_views=False),
+            "adaptive": dict(momentum=0.99, gamma=2.0),
+            "ring_threshold": 8192,
+            "block": 1024,
+        },
+        "views": {
+            "strong": dict(
+                crop_scale=(0.2, 1.0),
+                crop_ratio=(3 / 4, 4 / 3),
+                flip=0.5,
+                jitter=(0.4, 0.4, 0.4, 0.1),
+                jitter_prob=0.8,
+                grayscale_prob=0.2,
+                blur_prob=0.5,
+                blur_sigma=(0.1, 2.0),
+            )
+        },
+        "data": {
+            "columns": dict(image="", captions=(), synthetic=(), key="", label=""),
+            "mixture": (),
+            "index_cache": "",
+            "max_bad_fraction": 0.0,  # the first bad record ended the run
+            "bad_window": 10_000,
+            "token_lengths": (),  # captions were as long as the context
+            "mask_rate": 0.15,
+            "eda": ("synonym", "swap", "delete"),
+            "synonyms": "",
+        },
+        "optim": {"name": "adamw", "momentum": 0.9, "lr_rules": (("", 1.0),)},
+        "eval": {"suite": "", "data_dir": "data"},
     },
-    "loss": {
-        "max_scale": 0.0,
-        "temperature": 0.1,
-        "contrast_masked": True,
-        "mlm_capacity": 0.2,
-        "support_set": dict(size=65_536, neighbors=1, young_steps=2),
-        "late_interaction": dict(tokens=16, mask_padding=False, all_views=False),
-        "adaptive": dict(momentum=0.99, gamma=2.0),
-        "ring_threshold": 8192,
-        "block": 1024,
-    },
-    "views": {
-        "strong": dict(
-            crop_scale=(0.2, 1.0),
-            crop_ratio=(3 / 4, 4 / 3),
-            flip=0.5,
-            jitter=(0.4, 0.4, 0.4, 0.1),
-            jitter_prob=0.8,
-            grayscale_prob=0.2,
-            blur_prob=0.5,
-            blur_sigma=(0.1, 2.0),
-        )
-    },
-    "data": {
-        "columns": dict(image="", captions=(), synthetic=(), key="", label=""),
-        "mixture": (),
-        "index_cache": "",
-        "max_bad_fraction": 0.0,  # the first bad record ended the run
-        "bad_window": 10_000,
-        "token_lengths": (),  # captions were as long as the context
-        "mask_rate": 0.15,
-        "eda": ("synonym", "swap", "delete"),
-        "synonyms": "",
-    },
-    "optim": {"name": "adamw", "momentum": 0.9, "lr_rules": (("", 1.0),)},
-    "eval": {"suite": "", "data_dir": "data"},
-}
+)
+VERSION = len(_ADDED)
 
 
 def complete(recorded: Mapping[str, Any], where: str, preprocess: str | None = None) -> dict:
@@ -91,8 +92,9 @@ def complete(recorded: Mapping[str, Any], where: str, preprocess: str | None = N
             f"up to {VERSION}): update declip_jax."
         )
     recorded = renamed(recorded, told=False)
+    for lacking in _ADDED[version:]:
+        recorded = _merge(lacking, recorded)
     if version == 0:
-        recorded = _merge(_ADDED, recorded)
         recorded["eval"] = _protocol(recorded, where, preprocess)
     if preprocess:
         recorded["eval"] = {**recorded["eval"], "preprocess": preprocess}
