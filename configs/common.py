@@ -46,9 +46,7 @@ def _common() -> ConfigDict:
     config.model.remat = "none"  # what the backward pass computes again: "none", "dots", "full"
     config.model.init_logit_scale = math.log(1 / 0.07)  # a logarithm
     # SigLIP's is -10. Losses with a softmax do not see it.
-    config.model.init_logit_bias = config_dict.placeholder(
-        float
-    )  # none; SigLIP's -10. A softmax cancels it
+    config.model.init_logit_bias = config_dict.placeholder(float)  # none
 
     # What a new run starts from: weights of open_clip, Transformers, OpenAI, DeCLIP or ALIP (a file
     # or a folder, see docs/interop.md), or another run's workdir. "": drawn anew.
@@ -194,6 +192,13 @@ def set_variant(config: ConfigDict, name: str) -> None:
     for section, sizes in variant(name).items():
         config.model[section] = sizes
     config.model.text.proj_bias = proj_bias
+    _complete(config.model)
+
+
+def _complete(model: ConfigDict) -> None:
+    """Adds the towers' options that are not there."""
+    for name, read in (("image", read_image), ("text", Text.read)):
+        model[name] = read(model[name], f"config.model.{name}").as_dict()
 
 
 def finish(config: ConfigDict, arg: str) -> ConfigDict:
@@ -203,8 +208,7 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
         _tiny(config)
     elif arg:
         raise ValueError(f"config argument {arg!r} is unknown: expected 'tiny' or nothing.")
-    for name, read in (("image", read_image), ("text", Text.read)):
-        config.model[name] = read(config.model[name], f"config.model.{name}").as_dict()
+    _complete(config.model)
     return config.lock()
 
 

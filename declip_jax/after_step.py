@@ -177,7 +177,9 @@ class Write(Part):
 
     def __init__(self, workdir: Path, resume_step: int):
         self._writer = MetricWriter(workdir, resume_step)
-        self.close = self._writer.close
+
+    def close(self) -> None:
+        self._writer.close()
 
     def after(self, now: Moment) -> None:
         if now.scalars:

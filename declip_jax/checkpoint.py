@@ -110,8 +110,7 @@ class Checkpoints:
     def find(self, step: str) -> int:
         """The step that a number, "newest" or "best" (by the run's own best metric) means.
 
-        Raises:
-          CheckpointError: no complete checkpoint, or not this one.
+        Raises CheckpointError: no complete checkpoint, or not this one.
         """
         steps = self.steps()
         if not steps:
@@ -186,8 +185,7 @@ class Checkpoints:
         model that has them, {"batch_stats": …}. With `ema` the moving average of the parameters;
         None: if there is one.
 
-        Raises:
-          CheckpointError: there is no moving average, or bytes that changed on disk.
+        Raises CheckpointError: there is no moving average, or bytes that changed on disk.
         """
         metadata = self._manager.item_metadata(step)["state"]
         averaged = bool(jax.tree.leaves(metadata["ema"]))

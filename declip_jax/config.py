@@ -20,7 +20,7 @@ from declip_jax.losses.options import Loss
 from declip_jax.models.two_towers import Model
 from declip_jax.optim import Optim
 from declip_jax.parallel.mesh import MeshShape
-from declip_jax.section import Section, at_least, between, option
+from declip_jax.section import Section, at_least, between, option, types_alone
 
 
 class Profile(Section):
@@ -56,8 +56,7 @@ class Config(Section):
     def read(cls, values: Any, where: str = "config") -> "Config":
         """The configuration that a ConfigDict describes, old names of fields included.
 
-        Raises:
-          ValueError: naming the field, its value, and what was expected.
+        Raises ValueError: naming the field, its value, and what was expected.
         """
         if isinstance(values, cls):
             return values
@@ -94,7 +93,12 @@ class Config(Section):
         cls, values: Mapping[str, Any], where: str, preprocess: str | None = None
     ) -> "Config":
         """The configuration of a run, from its checkpoint's record; see `versions.complete`."""
-        return super().read(versions.complete(values, where, preprocess), "config")
+        completed = versions.complete(values, where, preprocess)
+        try:
+            with types_alone():
+                return super().read(completed, "config")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
     def record(self) -> dict[str, Any]:
         """As plain values of JSON, with the version that wrote it."""

@@ -34,8 +34,7 @@ class Sample(NamedTuple):
 def draw_samples(setup: Setup, records: int, draws: int) -> list[Sample]:
     """The first `records` samples of a run, each drawn `draws` times.
 
-    Raises:
-      ValueError: the configuration or the data cannot be used.
+    Raises ValueError: the configuration or the data cannot be used.
     """
     config = setup.config
     names = setup.method.views

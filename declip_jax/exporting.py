@@ -32,8 +32,7 @@ def export(
     Returns:
       The model as it was written, and what changed on the way, in lines.
 
-    Raises:
-      ValueError: the folder is not empty, or the format cannot hold the model.
+    Raises ValueError: the folder is not empty, or the format cannot hold the model.
     """
     output = output.resolve()  # a link to an empty folder is one
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -59,8 +58,7 @@ def check(
       model, written: before it was adapted to the format, and as `export` wrote it to `folder`.
       data, split: where to take real images and captions from.
 
-    Raises:
-      ValueError: it differs by more than rounding, or data that cannot be read.
+    Raises ValueError: it differs by more than rounding, or data that cannot be read.
     """
     if not verify.same_arrays(folder, written):
         raise ValueError(f"{folder}, read again, does not hold the same arrays.")

@@ -16,6 +16,8 @@ from tensorboardX import SummaryWriter
 
 from declip_jax.files import write_text
 
+_RENAMED = {"train/mlm_overflow": "train/mlm_dropped"}  # metrics of earlier versions
+
 
 class MetricWriter:
     """Writes scalars to `metrics.jsonl` and TensorBoard event files in the workdir.
@@ -47,8 +49,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a `metrics.jsonl`; a last one cut short by a kill, or still being written, is
     left out.
 
-    Raises:
-      ValueError: another line that is not an object with a "step", by number.
+    Raises ValueError: another line that is not an object with a "step", by number.
     """
     rows = []
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -63,7 +64,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             raise ValueError(
                 f'{path}:{number}: expected an object with a "step", got {line[:80]!r}'
             )
-        rows.append(row)
+        rows.append({_RENAMED.get(name, name): value for name, value in row.items()})
     return rows
 
 

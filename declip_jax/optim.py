@@ -99,8 +99,7 @@ def _check_patterns(patterns: Iterable[str], params: Any, what: str) -> None:
 def frozen_mask(patterns: Sequence[str], params: Any) -> Any:
     """True for parameters found by a pattern of `frozen`: no gradient, no update.
 
-    Raises:
-      ValueError: a pattern that finds no parameter.
+    Raises ValueError: a pattern that finds no parameter.
     """
     _check_patterns(patterns, params, "config.optim.frozen")
     frozen = [(pattern, True) for pattern in patterns]

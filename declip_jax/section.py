@@ -1,8 +1,8 @@
 """Sections of the configuration: small frozen dataclasses, checked once, when they are read.
 
 A section stands at the head of the module that heeds it. Its fields have types and rules, no
-values: those stand in configs/common.py alone. (A tower's options do have values, since a
-configuration may describe a tower without naming them.)
+values: those stand in configs/common.py. (Options do have values, where a configuration need not
+name them: those of towers, of columns, of a mixture.)
 
     class Mesh(Section):
         data: int = at_least(-1)
@@ -11,6 +11,8 @@ configuration may describe a tower without naming them.)
     Mesh.read(config.mesh, "config.mesh")
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 import numbers
@@ -28,6 +30,19 @@ _NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: 
 _NAMES[NoneType] = "None"
 
 
+_RULES = contextvars.ContextVar("rules", default=True)
+
+
+@contextlib.contextmanager
+def types_alone():
+    """While open, sections are read without rules: a run that once was trained needs no leave."""
+    token = _RULES.set(False)
+    try:
+        yield
+    finally:
+        _RULES.reset(token)
+
+
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 class Section:
     """A part of the configuration. Subclasses are frozen dataclasses by themselves."""
@@ -43,8 +58,7 @@ class Section:
           values: has a value for each field, lists in place of tuples at will, and nothing else.
           where: the section's name in messages, as "config.optim".
 
-        Raises:
-          ValueError: naming the field, its value, and what was expected.
+        Raises ValueError: naming the field, its value, and what was expected.
         """
         if isinstance(values, cls):
             return values
@@ -62,7 +76,8 @@ class Section:
             elif field.default is dataclasses.MISSING:
                 raise ValueError(f"{where} lacks the field {name!r}.")
         section = cls(**read)
-        section.check(where)
+        if _RULES.get():
+            section.check(where)
         return section
 
     def check(self, where: str) -> None:
@@ -162,7 +177,7 @@ def _read_field(value: Any, hint: Any, field: dataclasses.Field, where: str) -> 
     if metadata["read"]:
         return metadata["read"](value, where)
     value = read_value(value, hint, where, metadata["expected"])
-    if broken := metadata["rule"] and metadata["rule"](value):
+    if broken := _RULES.get() and metadata["rule"] and metadata["rule"](value):
         raise ValueError(f"{where}={value!r} {broken}" + ("" if broken[-1] in ".?" else "."))
     return value
 

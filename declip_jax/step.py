@@ -104,8 +104,7 @@ class Setup:
       method, mesh, tx, schedule, frozen: see the modules that make them.
       abstract_state: the TrainState's shapes, dtypes and shardings.
 
-    Raises:
-      ValueError: naming the field, its value, and what was expected.
+    Raises ValueError: naming the field, its value, and what was expected.
     """
 
     def __init__(self, config: Any, devices=None):
@@ -206,7 +205,7 @@ def check_training(setup: Setup) -> None:
         raise ValueError(
             f"{parts} leaves one example for batch normalization, which needs at least two."
         )
-    groups = getattr(config.model.image, "bn_group_size", 0)
+    groups = config.model.image.bn_group_size
     if groups and part % groups:
         raise ValueError(
             f"{parts} gives parts that are not a multiple of config.model.image.bn_group_size="

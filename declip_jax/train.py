@@ -33,9 +33,8 @@ from declip_jax.step import Setup, check_training
 def train(config, workdir: Path) -> TrainState:
     """Trains until `config.total_steps`, continuing from the workdir's newest checkpoint.
 
-    `config` is a `Config`, or a ConfigDict to read it from. SIGINT and SIGTERM end the run after
-    the step in hand with a checkpoint; the same call continues. Every ValueError is about the
-    configuration or the data, and names the field. Returns the last state.
+    `config` is a `Config`, or a ConfigDict to read it from. SIGINT and SIGTERM end the run with a
+    checkpoint of the step in hand; the same call continues. A ValueError names field and value.
     """
     config = Config.read(config)
     progress, interrupt = Progress(config.total_steps), Interrupt()
@@ -48,17 +47,19 @@ def train(config, workdir: Path) -> TrainState:
     checkpoints, now = start_or_continue(setup, source, data, workdir, progress)
     if now.step >= config.total_steps:
         return now.state
-    workdirs.describe(workdir, config.record(), now.state.params)
+    record = config.record()
+    workdirs.describe(workdir, record, now.state.params)
     progress.say(summary(setup, now.state, source, workdir))
-
     meter = Meter(config.batch_size, config.total_steps)
     step = Step(setup, meter, progress)
     batches = setup.batches(source, now.samples, progress.say)
-    policy, last = config.checkpoint, config.total_steps
-    scored = tasks, setup.encoder(), policy.best_metric
-    evaluate = Evaluate(config.eval.every, last, *scored, progress, interrupt)
-    written = config.record(), data, checkpoints
-    save = Save(policy, last, *written, meter, workdir, interrupt, saved=now.step)
+    last, best_metric = config.total_steps, config.checkpoint.best_metric
+    evaluate = Evaluate(
+        config.eval.every, last, tasks, setup.encoder(), best_metric, progress, interrupt
+    )
+    save = Save(
+        config.checkpoint, last, record, data, checkpoints, meter, workdir, interrupt, now.step
+    )
     parts = (
         Profile(config.profile.steps, workdir),
         Report(config.log_every, (evaluate, save), meter, batches, progress, workdir, interrupt),

@@ -58,8 +58,7 @@ def read_run(workdir: Path, step: str = "newest", ema: bool | None = None) -> Of
       workdir, step: as for `load`.
       ema: the moving average of its parameters; None: if there is one.
 
-    Raises:
-      ValueError: no workdir, no such checkpoint, a damaged one.
+    Raises ValueError: no workdir, no such checkpoint, a damaged one.
     """
     with contextlib.closing(Checkpoints.of_run(workdir)) as checkpoints:
         chosen = checkpoints.find(step)
@@ -141,8 +140,7 @@ def load(workdir: Path, step: str = "newest", preprocess: str | None = None) -> 
       step: of the checkpoint: a number, "newest" or "best" (by the run's own best metric).
       preprocess: in place of the run's `config.eval.preprocess`.
 
-    Raises:
-      ValueError: no workdir, no such checkpoint, a damaged one.
+    Raises ValueError: no workdir, no such checkpoint, a damaged one.
     """
     with contextlib.closing(Checkpoints.of_run(workdir)) as checkpoints:
         chosen = checkpoints.find(step)

@@ -6,7 +6,6 @@ values with which a run does what it did before, one dict more in `_ADDED` raisi
 with a new name is mapped. Options of towers, which have values of their own, need no line.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +28,6 @@ _ADDED = (
         "model": {
             "attention": "xla",
             "heads": dict(projector=1024, predictor=512, simclr_hidden=4096, simclr=256, dense=256),
-            "init_logit_scale": -math.log(0.07),
-            "init_logit_bias": None,
         },
         "loss": {
             "max_scale": 0.0,
@@ -81,8 +78,7 @@ def complete(recorded: Mapping[str, Any], where: str, preprocess: str | None = N
       where: it comes from, for messages.
       preprocess: in place of `eval.preprocess`.
 
-    Raises:
-      ValueError: it is of a later version, or has a field that no version knows how to map.
+    Raises ValueError: it is of a later version, or has a field that no version knows how to map.
     """
     recorded = dict(recorded)
     version = recorded.pop("version", 0)
@@ -104,16 +100,22 @@ def complete(recorded: Mapping[str, Any], where: str, preprocess: str | None = N
 def renamed(values: Mapping[str, Any], told: bool = True) -> dict[str, Any]:
     """A copy of nested dicts in which fields with an old name have the new one."""
     copy = _merge({}, values)
+    rename(copy, told)
+    return copy
+
+
+def rename(values: Any, told: bool = True) -> None:
+    """Gives fields of nested dicts, or of a ConfigDict that is not locked, their new names."""
     for old, new in RENAMED.items():
-        section, _, name = old.rpartition(".")
-        found = copy
-        for part in section.split("."):
-            found = found.get(part, {}) if isinstance(found, dict) else {}
+        *sections, name = old.split(".")
+        found = values
+        for part in sections:
+            found = found[part] if part in found else {}
         if name in found:
-            found[new.rpartition(".")[2]] = found.pop(name)
+            found[new.rpartition(".")[2]] = found[name]
+            del found[name]
             if told:
                 logging.warning("config.%s is called config.%s now.", old, new)
-    return copy
 
 
 def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,3 +104,29 @@ def test_each_has_help_both_ways_before_jax_starts(name):
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"usage: {prog} ")
+
+
+def test_a_file_of_an_earlier_version_and_fields_by_either_name(tmp_path, capsys):
+    """A file that stands by itself, with old names alone; and one that adds them to today's."""
+    alone, added = tmp_path / "alone.py", tmp_path / "added.py"
+    alone.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    return ConfigDict(dict(method='clip', loss=dict(mlm_places=0.1))).lock()\n"
+    )
+    added.write_text(
+        "from configs import common\n"
+        "def get_config(arg=''):\n"
+        "    config = common.get_config().unlock()\n"
+        "    config.loss.mlm_places = 0.1\n"
+        "    return common.finish(config, arg)\n"
+    )
+    for file in (alone, added):
+        assert flags.read_config(str(file)).loss.mlm_capacity == 0.1
+        for name in ("mlm_capacity", "mlm_places"):
+            config = flags.read_config(str(file), [f"--config.loss.{name}=0.5"])
+            assert config.loss.mlm_capacity == 0.5 and "mlm_places" not in config.loss
+    locked = tmp_path / "locked.py"
+    locked.write_text(added.read_text().replace(".unlock()", ""))
+    with pytest.raises(ValueError, match="mlm_places, which is called config.loss.mlm_capacity"):
+        flags.read_config(str(locked))

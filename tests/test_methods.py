@@ -469,7 +469,7 @@ def test_what_several_terms_ask_for_is_computed_once():
         calls.append(view)
         return object()
 
-    x, other = (base.Inputs(*[None] * 9) for _ in range(2))
+    x, other = (base.Inputs(*[None] * 10) for _ in range(2))
     assert shared(x) is shared(x) and shared(x, 1) is shared(x, 1)
     assert shared(x) is not shared(x, 1) and shared(x) is not shared(other)
     assert calls == [0, 1, 0]
@@ -492,7 +492,16 @@ def test_support_set_finds_neighbors_of_both_captions_and_then_takes_them_in():
     def look_up_and_enqueue(state, texts):
         features = {"text": texts}
         x = base.Inputs(
-            features, {}, {"support_set": state}, {}, config.model, config.loss, mesh, None, None
+            features,
+            {},
+            {"support_set": state},
+            {},
+            None,
+            config.model,
+            config.loss,
+            mesh,
+            None,
+            None,
         )
         return declip.neighbors(x), declip.SUPPORT_SET.update(state, x)
 

@@ -832,14 +832,11 @@ def test_a_network_has_the_towers_and_fields_of_its_own():
     towers = Model.read(config(image=RESNET), "config.model").image, section.image
     assert [t.describe() for t in towers] == ["ResNet 1-1-1-1", "ViT/8, 3 layers"]
     assert [(t.side, t.step, t.token_width) for t in towers] == [(1, 32, 256), (2, 8, 32)]
-    assert [(t.family, t.has_batch_stats, t.bn_group_size) for t in towers] == [
-        ("RN", True, 0),
-        ("ViT", False, 0),
-    ]
+    assert [(t.family, t.bn_group_size) for t in towers] == [("RN", 0), ("ViT", 0)]
     for tower in towers:
         variables = shapes(two_towers(config(image=tower.as_dict())))
         assert tower.first_layer in variables["params"]["image"]
-        assert ("batch_stats" in variables) == tower.has_batch_stats
+        assert ("batch_stats" in variables) == (tower.kind == "resnet")
 
 
 def test_bn_group_size_of_the_config_reaches_the_resnet():

@@ -26,8 +26,7 @@ def eval_images(
       A generator of {"image": uint8 [B, R, R, 3], "captions": B lists of str, "key": B str} and, if
       the source has classes, "label": int32 [B].
 
-    Raises:
-      ValueError: `resize` below `resolution`; while it runs, a record that cannot be read.
+    Raises ValueError: `resize` below `resolution`; while it runs, a record that cannot be read.
     """
     if resize < resolution:
         raise ValueError(f"resize={resize} is below the resolution {resolution} of the crop.")

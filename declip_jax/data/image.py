@@ -146,8 +146,7 @@ def decode(image: bytes | np.ndarray, shrink: int = 1) -> np.ndarray:
     with turned axes; one that is given is returned as it is. `shrink` is 1; for JPEG also 2, 4 or
     8, which leaves most of the decoding out.
 
-    Raises:
-      ValueError: see `size`; or the data are cut off or damaged.
+    Raises ValueError: see `size`; or the data are cut off or damaged.
     """
     if isinstance(image, np.ndarray):
         return image
@@ -196,8 +195,7 @@ def random_resized_crop(
         crop_ratio, the (lowest, highest) width / height.
       resolution: R, pixels.
 
-    Raises:
-      ValueError: see `decode`.
+    Raises ValueError: see `decode`.
     """
     boxes, shrink = sample_boxes(image, views, rng, resolution)
     pixels = decode(image, shrink)

@@ -78,8 +78,7 @@ def parallel(
       jobs: pickled, one at a time.
       workers: processes, at most.
 
-    Raises:
-      InputError: a worker process was killed.
+    Raises InputError: a worker process was killed.
     """
     workers = min(workers, len(jobs))
     if workers <= 1:

@@ -19,8 +19,7 @@ def accuracies(
       classes that have images; images: how many there were.
       int64 [C, C], how many images of the class of the row were taken for that of the column.
 
-    Raises:
-      ValueError: no images, a label outside [0, C), scores that are not finite.
+    Raises ValueError: no images, a label outside [0, C), scores that are not finite.
     """
     confusion = np.zeros((classes, classes), np.int64)
     top5 = 0

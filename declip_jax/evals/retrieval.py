@@ -30,8 +30,7 @@ def collect(
       image features [N, D]; text features [M, D], the captions image by image; int32 [M], the
       image each caption belongs to.
 
-    Raises:
-      ValueError: no images, an image without captions, lists that do not match the images.
+    Raises ValueError: no images, an image without captions, lists that do not match the images.
     """
     image_features, text_features, image_of_text = [], [], []
     images = 0

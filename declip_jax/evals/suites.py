@@ -45,8 +45,7 @@ def load(name: str) -> list[dict[str, Any]]:
       name: of SUITES; or a Python file with get_suite(), which returns such a list. It is run, as a
         configuration file is.
 
-    Raises:
-      ValueError: neither, or a file that returns something else.
+    Raises ValueError: neither, or a file that returns something else.
     """
     if name in SUITES:
         return SUITES[name]

@@ -85,8 +85,7 @@ def zeroshot(
     Returns:
       metrics and confusion, see `classification.accuracies`.
 
-    Raises:
-      ValueError: no images, no labels, a label outside [0, C), features that are not finite.
+    Raises ValueError: no images, no labels, a label outside [0, C), features that are not finite.
     """
 
     def scored():
@@ -113,8 +112,7 @@ def per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict]:
       dicts of name, images, accuracy, and taken_for: [name, images] of the at most three other
       classes that most of its images were taken for, most first; of equal ones, the first class.
 
-    Raises:
-      ValueError: names that do not match the confusion.
+    Raises ValueError: names that do not match the confusion.
     """
     if len(class_names) != len(confusion):
         raise ValueError(f"class_names: {len(class_names)} names for {len(confusion)} classes")

@@ -1,6 +1,5 @@
 """What model variables of ours belong to, and what variables a model has."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -22,8 +21,7 @@ def infer(variables: Mapping[str, Any], format: str) -> dict[str, Any]:
 
     The activation, which no shape tells, is None.
 
-    Raises:
-      ValueError: variables without which there are no sizes.
+    Raises ValueError: variables without which there are no sizes.
     """
     params = flatten_dict(variables["params"], sep="/")
     shapes = Shapes({path: leaf.shape for path, leaf in params.items()})
@@ -48,9 +46,7 @@ def sections(model: Mapping[str, Any]) -> tuple[ImageTower, Text]:
 def config_of(model: Mapping[str, Any]) -> ConfigDict:
     """The `model` section of a config, from sizes and activation: to compute in float32."""
     how = dict(dtype="float32", scan=True, remat="none", attention="xla", heads=None)
-    return ConfigDict(
-        {**model, **how, "init_logit_scale": math.log(1 / 0.07), "init_logit_bias": None}
-    )
+    return ConfigDict({**model, **how})
 
 
 def towers_like(model: Mapping[str, Any]) -> dict[str, Any]:

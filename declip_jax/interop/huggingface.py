@@ -99,8 +99,7 @@ def to_preprocessor_config(preprocess: Mapping[str, Any]) -> dict[str, Any]:
 def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `model` section of a config, as far as config.json tells it.
 
-    Raises:
-      ValueError: settings that our towers do not have, by name.
+    Raises ValueError: settings that our towers do not have, by name.
     """
     if config.get("model_type", "clip") != "clip":
         raise ValueError(f"model_type={config['model_type']!r}, expected 'clip'")

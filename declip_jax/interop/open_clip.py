@@ -81,8 +81,7 @@ def to_config(
 def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `model` section of a config, as far as open_clip_config.json tells it.
 
-    Raises:
-      ValueError: settings that our towers do not have, by name.
+    Raises ValueError: settings that our towers do not have, by name.
     """
     config = config.get("model_cfg", config)
     vision, text = config["vision_cfg"], config["text_cfg"]

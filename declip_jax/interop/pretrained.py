@@ -79,8 +79,7 @@ def read(path: str | Path, format: str = "") -> Pretrained:
       path: of the weights; JSON files of open_clip and Transformers beside them are heeded.
       format: one of FORMATS, where names do not tell it.
 
-    Raises:
-      ValueError: what cannot be read, is of no known layout, or is not complete.
+    Raises ValueError: what cannot be read, is of no known layout, or is not complete.
     """
     weights = reading.read(Path(path), format)
     configs = dict(weights.configs)

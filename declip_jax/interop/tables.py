@@ -159,8 +159,7 @@ def check(layout: Layout | None, variables: Any, like: Any) -> None:
 def dump(layout: Layout, variables: Any) -> dict[str, np.ndarray]:
     """Our variables, or any part of them (gradients, say), under their names; undoes `load`.
 
-    Raises:
-      ValueError: variables that the layout has no name for.
+    Raises ValueError: variables that the layout has no name for.
     """
     flat = flatten_dict(variables, sep="/")
     rows = [(entry.ours, entry) for entry in layout.entries]

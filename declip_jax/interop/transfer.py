@@ -79,8 +79,7 @@ def resized(pretrained: Pretrained, resolution: int, context: int) -> tuple[Pret
     Returns:
       The model, and what was done, in lines.
 
-    Raises:
-      ValueError: an image size that patches do not fill, or less than three tokens.
+    Raises ValueError: an image size that patches do not fill, or less than three tokens.
     """
     params, notes = dict(pretrained.variables["params"]), []
     image, text = sections(pretrained.model)

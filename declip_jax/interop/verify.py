@@ -62,8 +62,7 @@ def ours(model: Pretrained, pixels: np.ndarray, tokens: np.ndarray) -> Features:
 def theirs(folder: Path, format: str, pixels: np.ndarray, tokens: np.ndarray) -> Features:
     """Features by the library that a folder was exported for; arguments as for `embeddings`.
 
-    Raises:
-      NotInstalled: it is not.
+    Raises NotInstalled: it is not.
     """
     try:
         import torch

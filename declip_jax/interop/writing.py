@@ -24,8 +24,7 @@ def adapt(model: Pretrained, format: str) -> tuple[Pretrained, list[str]]:
     LayerNorm before it: features stay what they are, up to rounding. Heads stay behind but in
     DeCLIP's format.
 
-    Raises:
-      ValueError: what the format's program would compute otherwise, all of it, by field.
+    Raises ValueError: what the format's program would compute otherwise, all of it, by field.
     """
     notes, sizes, variables = [], model.model, model.variables
     image, text = sections(sizes)

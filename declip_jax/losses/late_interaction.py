@@ -51,8 +51,7 @@ def late_interaction(
       image_to_text [B, B] and text_to_image [B, B], float32 in -1..1, not scaled. Row i: sample i's
       tokens are averaged over; column j: the maximum is taken over sample j's.
 
-    Raises:
-      ValueError: shapes or dtypes that do not go together.
+    Raises ValueError: shapes or dtypes that do not go together.
     """
     if image.shape[::2] != text.shape[::2] or image.dtype != text.dtype:
         raise ValueError(

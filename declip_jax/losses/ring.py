@@ -35,8 +35,7 @@ def info_nce(
     Returns:
       [N] cross-entropies from x to y and [N] from y to x.
 
-    Raises:
-      ValueError: the rows cannot be divided over the devices.
+    Raises ValueError: the rows cannot be divided over the devices.
     """
     _check_rows(x, mesh)
     return _info_nce(x, y, scale, excluded, mesh, block)
@@ -117,8 +116,7 @@ def positive_rank(queries: jax.Array, keys: jax.Array, *, mesh: Mesh, block: int
 
     Queries and keys float32 [N, D] are sharded as those of `info_nce`; the rank is int32 [N].
 
-    Raises:
-      ValueError: the rows cannot be divided over the devices.
+    Raises ValueError: the rows cannot be divided over the devices.
     """
     _check_rows(queries, mesh)
     rows = PartitionSpec(mesh.axis_names)

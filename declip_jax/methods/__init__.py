@@ -17,8 +17,7 @@ METHODS = {
 def build(name: str, *sections, **sizes) -> Method:
     """Builds the method named by `config.method`; see `base.build` for the arguments.
 
-    Raises:
-      ValueError: unknown method, or a model or loss setting that it cannot take.
+    Raises ValueError: unknown method, or a model or loss setting that it cannot take.
     """
     if name not in METHODS:
         raise ValueError(

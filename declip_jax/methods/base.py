@@ -65,6 +65,7 @@ class Inputs:
     batch: Batch  # with "tokens" [B, T, L]
     state: dict[str, PyTree]  # the method's own, as it was before this step
     scales: dict[str, jax.Array]  # exp of "logit_scale" and of further logit scales
+    bias: jax.Array | None  # "logit_bias", where config.model.init_logit_bias asks for one
     model: Model  # sections of the configuration
     loss: Loss
     mesh: Mesh  # that arrays lie over
@@ -174,8 +175,7 @@ def build(
     The batch size is that of a step, over all devices of the mesh that arrays lie over; for
     `microbatches` see `make_encode`.
 
-    Raises:
-      ValueError: a setting that the method cannot take.
+    Raises ValueError: a setting that the method cannot take.
     """
     weights, named = sorted(loss.weights), sorted(definition.terms)
     if weights != named:
@@ -210,7 +210,8 @@ def build(
             name: exp_scale(params[name], loss.max_scale if name == "logit_scale" else 0)
             for name in _logit_scales(params)
         }
-        x = Inputs(features, batch, model_state, scales, model, loss, **tools)
+        bias = params.get("logit_bias")
+        x = Inputs(features, batch, model_state, scales, bias, model, loss, **tools)
         terms = {name: term(x) for name, term in definition.terms.items()}
         total = weighted_sum(terms, loss.weights)
         rank = definition.rank(x)

@@ -80,7 +80,6 @@ class ResNet(ImageTower):
 
     first_layer = "conv1"
     family = "RN"
-    has_batch_stats = True
     step = 32
 
     kind: str = one_of("resnet")
@@ -129,8 +128,7 @@ class ModifiedResNet(nn.Module):
     The last map has 1/32 of the resolution and 32 * width channels. In training, batch
     normalization takes the statistics of each view by itself.
 
-    Raises:
-      ValueError: the images are not resolution x resolution; the positions are learned for it.
+    Raises ValueError: the images are not resolution x resolution; the positions are learned for it.
     """
 
     config: ResNet

@@ -59,8 +59,7 @@ class TextTransformer(nn.Module):
     caption. L may exceed an odd context by one column of padding, which has no position of its
     own: some attention kernels want even lengths.
 
-    Raises:
-      ValueError: more tokens than learned positions.
+    Raises ValueError: more tokens than learned positions.
     """
 
     config: Text

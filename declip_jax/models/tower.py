@@ -65,7 +65,6 @@ class ImageTower(Tower):
     # Fields that change how a tower is trained, not what it is.
     OF_TRAINING: ClassVar[tuple[str, ...]] = ("bn_group_size", "patch_dropout")
     bn_group_size: ClassVar[int] = 0  # of towers without batch statistics
-    has_batch_stats: ClassVar[bool] = False
 
     resolution: int = at_least(1)
 

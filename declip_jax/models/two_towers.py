@@ -1,5 +1,6 @@
 """An image tower and a text tower into one embedding space, and how a config describes them."""
 
+import math
 from typing import Any
 
 import jax
@@ -42,8 +43,9 @@ class Model(Section):
     dtype: str = one_of(*DTYPES)
     scan: bool
     remat: str = one_of(*REMAT)
-    init_logit_scale: float  # a logarithm
-    init_logit_bias: float | None  # None: logits have no bias
+    # Configurations from before these two fields have neither.
+    init_logit_scale: float = -math.log(0.07)  # a logarithm
+    init_logit_bias: float | None = None  # None: logits have no bias
 
     def check(self, where: str) -> None:
         if self.attention == "cudnn" and self.dtype != "bfloat16":
@@ -104,8 +106,7 @@ def two_towers(model: Any, network: type[TwoTowers] = TwoTowers, **fields: Any) 
       network: `TwoTowers`, or a method's subclass with heads beside them.
       fields: the subclass's own.
 
-    Raises:
-      ValueError: naming the field, its value and what was expected.
+    Raises ValueError: naming the field, its value and what was expected.
     """
     model = Model.read(model, "config.model")
     if model.attention == "cudnn" and jax.default_backend() != "gpu":

@@ -1,7 +1,8 @@
 """Sizes of the models in the literature, for the `model` section of a config."""
 
-import difflib
 from typing import Any
+
+from declip_jax.hints import did_you_mean
 
 
 def _vit(patch: int, width: int, layers: int, heads: int, resolution: int = 224) -> dict[str, Any]:
@@ -39,13 +40,10 @@ def variant(name: str) -> dict[str, Any]:
     """Sizes of a named model: {"embed_dim": int, "image": dict, "text": dict}, the fields of the
     same names in a config's `model` section, complete but for the towers' options.
 
-    Raises:
-      ValueError: unknown name; suggests the nearest.
+    Raises ValueError: unknown name; suggests the nearest.
     """
     if name not in _VARIANTS:
-        near = difflib.get_close_matches(name, _VARIANTS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"unknown model {name!r}, did you mean {near!r}? Known: {', '.join(_VARIANTS)}"
-        )
+        hint = did_you_mean(name, _VARIANTS, cutoff=0)
+        raise ValueError(f"unknown model {name!r}.{hint} Known: {', '.join(_VARIANTS)}")
     embed_dim, image, text = _VARIANTS[name]
     return dict(embed_dim=embed_dim, image=dict(image), text=dict(text))

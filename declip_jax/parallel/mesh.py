@@ -23,8 +23,7 @@ def make_mesh(data: int, fsdp: int, devices=None) -> Mesh:
 
     Both axes divide the batch; "fsdp" also divides parameters and optimizer state.
 
-    Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+    Raises ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp]

@@ -12,9 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 # dimension over all devices.
 SHARDING_RULES = (
     (r"(^|/)(step|rng|count|logit_scale(_dense)?)$", "replicated"),
-    (r"/(batch_stats|running_means)/", "replicated"),
     (r"/support_set/rows$", "rows"),
-    (r"/support_set/(pointer|filled)$", "replicated"),
+    (r"(^|/)model_state/", "replicated"),
     (r"(bias|scale)$", "replicated"),
     (r"(kernel|embedding)$", "fsdp"),
 )

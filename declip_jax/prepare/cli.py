@@ -14,6 +14,7 @@ from typing import Any
 from declip_jax.data import image
 from declip_jax.data.input_files import InputError
 from declip_jax.data.sources.paths import is_remote
+from declip_jax.flags import Parser
 from declip_jax.prepare.conversion import prepare
 from declip_jax.prepare.synonyms import write_synonyms
 from declip_jax.prepare.verify import verify
@@ -90,11 +91,11 @@ COUNT: dict[str, Any] = {"type": positive, "metavar": "N"}
 NAME: dict[str, Any] = {"metavar": "NAME"}
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Turns images with captions into a training set. A run that was stopped "
-        "continues when the same command is given again.",
+def make_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "Turns images with captions into a training set. A run that was stopped continues when the "
+        "same command is given again.",
     )
     formats = parser.add_subparsers(dest="format", required=True, metavar="COMMAND")
 
@@ -107,7 +108,6 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
             help=description,
             description=description,
             epilog=f"example:\n  {prog} {name} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         ).add_argument
 
     result, listed, source, columns, beam = make_parents()

@@ -43,8 +43,7 @@ def gallery(trained: Trained, images: int, captions: int) -> list[tuple[str, lis
       images: how many of the set to search, spread evenly over it.
       captions: how many to show, spread evenly over those images'.
 
-    Raises:
-      ValueError: the data are not on this machine, or cannot be read.
+    Raises ValueError: the data are not on this machine, or cannot be read.
     """
     settings, encoder = trained.eval.retrieval, trained.encoder
     if trained.setup is None:

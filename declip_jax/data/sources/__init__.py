@@ -36,8 +36,7 @@ def open_source(name: str, split: str, columns: Columns = _USUAL, cache: str = "
       columns: what the source calls its fields.
       cache: folder for the indices of shards; "": beside them, or else ~/.cache/declip_jax.
 
-    Raises:
-      ValueError: no such data set or split, no records, or files that cannot be used.
+    Raises ValueError: no such data set or split, no records, or files that cannot be used.
     """
     # Imported where they are needed: a run uses one of them.
     if name == "scenes":

@@ -29,8 +29,7 @@ def choose(
       fits: whether a column of such a type can be read as this field.
       expected: the types that fit, in words.
 
-    Raises:
-      ValueError: a named column is missing or does not fit, or there is no image or caption.
+    Raises ValueError: a named column is missing or does not fit, or there is no image or caption.
     """
     named = getattr(columns, field)
     named = tuple(filter(None, [named] if isinstance(named, str) else named))

@@ -27,8 +27,7 @@ class ClassFolders(Source):
     no image by its name is left out and told. Links are followed, wherever they lead. No image is
     opened before it is asked for. ROOT/SPLIT is taken if it has folders in it.
 
-    Raises:
-      ValueError: no images in class folders, or fewer than two classes.
+    Raises ValueError: no images in class folders, or fewer than two classes.
     """
 
     def __init__(self, root: str, split: str):

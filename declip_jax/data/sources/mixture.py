@@ -17,8 +17,7 @@ class Mixture(Source):
       sources: at least one; either all with the same classes or none.
       weights: each source's share of the samples that training draws, in any unit.
 
-    Raises:
-      ValueError: a weight that is not positive or below a ten-thousandth of all.
+    Raises ValueError: a weight that is not positive or below a ten-thousandth of all.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):

@@ -256,8 +256,7 @@ class _SetSource(Source):
       known: the set.
       part: "train" or "validation", which share the source, or "" for all of it.
 
-    Raises:
-      ValueError: the source has other classes than the set.
+    Raises ValueError: the source has other classes than the set.
     """
 
     def __init__(self, source: Source, known: EvalSet, part: str):
