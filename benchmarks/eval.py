@@ -31,9 +31,7 @@ from declip_jax import augment  # noqa: E402
 from declip_jax.data.eval_images import eval_images  # noqa: E402
 from declip_jax.data.sources import Source  # noqa: E402
 from declip_jax.data.tokenizer import CLIP_TOKENIZER  # noqa: E402
-from declip_jax.encode import Encoder  # noqa: E402
 from declip_jax.evals.cache import Cache  # noqa: E402
-from declip_jax.evals.preprocess import preprocess  # noqa: E402
 from declip_jax.evals.zeroshot import class_embeddings, zeroshot  # noqa: E402
 from declip_jax.parallel.mesh import shard_batch  # noqa: E402
 from declip_jax.step import Setup  # noqa: E402
@@ -82,8 +80,7 @@ def main() -> None:
         config.model.dtype = "float32"
     setup = Setup(config)
     state = setup.init_state()
-    seen, context = preprocess(config), config.model.text.context
-    encoder = Encoder(setup.method, seen, args.batch, context, setup.mesh)
+    seen, encoder = setup.config.preprocess, setup.encoder()
     encoder = encoder.use(state.eval_params, state.model_state)
     reading = dict(
         resolution=seen.resolution, resize=seen.short_side, batch_size=config.eval.batch_size

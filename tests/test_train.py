@@ -407,6 +407,12 @@ def test_loss_that_is_no_number_stops_the_run(toy_config, tmp_path):
         (CLIP, {"eval.every": 1, "eval.preprocess": "openai"}, "choose 'train'"),
         (CLIP, {"model.image.kind": "vti"}, "model.image.kind='vti'"),
         (CLIP, {"model.embed_dim": 0}, "model.embed_dim=0"),
+        (
+            CLIP,
+            {"model.image.width": 2**63},
+            "config.model.image.width=9223372036854775808 must be",
+        ),
+        (CLIP, {"seed": 2**32}, "config.seed=4294967296 must lie in 0 … 4294967295"),
         (CLIP, {"model.dtype": "float16"}, "model.dtype='float16'"),
         (CLIP, {"model.attention": "cudnn"}, "config.model.attention='cudnn' must be 'xla'"),
         (CLIP, {"model.text.vocab_size": 100}, "model.text.eot_id"),

@@ -84,6 +84,26 @@ def test_a_limit_that_training_refuses_now_is_still_read():
     assert Config.recorded(config, "the run").loss.logit_scale_range == (3.0, float("inf"))
 
 
+@pytest.mark.parametrize(
+    "section, field, value",
+    [
+        ("data", "eda", []),
+        ("loss", "temperature", 0.0),
+        ("loss", "support_set", dict(size=0, neighbours=1, young_steps=0)),
+        ("optim", "b1", 1.0),
+        ("checkpoint", "keep", 0),
+    ],
+)
+def test_what_only_training_would_refuse_is_read(section, field, value):
+    """The run was trained with it, by a program that did not look, or not there."""
+    config = recorded("clip_vit")
+    config[section][field] = value
+    read = Config.recorded(config, "the run")
+    assert read.total_steps == 4
+    with pytest.raises(ValueError, match=f"^config.{section}"):
+        Config.read(read.as_dict())
+
+
 def test_what_cannot_be_mapped_is_named():
     config = recorded("clip_vit")
     with pytest.raises(ValueError, match=r"config\.optim has no field 'peek_lr'\. Did you mean 'p"):
