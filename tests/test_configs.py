@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import gzip
 import importlib
+import json
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ from declip_jax.config import Config
 from declip_jax.data.sources import open_data
 from declip_jax.methods import METHODS
 from declip_jax.parallel.mesh import shard_batch
+from declip_jax.report.published import published
 from declip_jax.section import Section
 from declip_jax.step import Setup
 from declip_jax.train import train
@@ -199,6 +202,12 @@ def test_published_recipes(name):
     assert found == expected
 
 
+def test_all_published_experiments_are_in_the_table():
+    """Those of methods that the papers have numbers of; a trial may be called alike."""
+    named = {name for name in CONFIGS if name.endswith(("_yfcc15m", "_declip88m"))}
+    assert set(PUBLISHED) == {name for name in named if published(load(name).method)}
+
+
 def test_logit_scale_without_steps_keeps_its_lower_limit():
     config = load("declip_vit_b32_declip88m", "tiny")
     setup = Setup(config, jax.devices()[:1])
@@ -231,10 +240,10 @@ def reads_recorded(config):
         return object.__getattribute__(self, name)
 
     visit(config, "config")
+    record = config.record()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Section, "__getattribute__", read, raising=False)
         # Writing it down, or making another of it, is not heeding it.
-        record = config.record()
         patch.setattr(Config, "record", lambda self: record)
         yield seen
 
@@ -250,19 +259,28 @@ def leaves(section, prefix=""):
 def test_every_field_is_read_by_some_method(tmp_path):
     """Sections are made at the start; what counts is who looks at a field after that."""
 
+    synonyms = tmp_path / "synonyms.json.gz"
+    with gzip.open(synonyms, "wt") as file:
+        json.dump({"red": ["crimson"]}, file)
+
     def smoke(method):
         config = common.get_config("tiny").unlock()
         config.method = method
         config.loss.weights = dict.fromkeys(METHODS[method].terms, 1.0)
-        config.total_steps, config.optim.warmup_steps, config.eval.every = 1, 0, 1
+        config.total_steps, config.optim.warmup_steps, config.eval.every = 2, 0, 2
         # Operations with probability 0 are left out of the program, and so are their settings.
         config.views.weak.update(jitter_prob=0.5, grayscale_prob=0.5, blur_prob=0.5)
+        if method == "clip":  # the one that trains
+            config.data.update(source="", mixture=(dict(source="scenes"),))
+        else:
+            config.data.update(eda=("synonym",), synonyms=str(synonyms))
+            config.optim.name = "sgd"
         return Config.read(config)
 
     read = set()
     config = smoke("clip")
     with reads_recorded(config) as seen:
-        assert int(train(config, tmp_path).step) == 1
+        assert int(train(config, tmp_path / "run").step) == 2
     read |= seen
     for method in set(METHODS) - {"clip"}:
         config = smoke(method)
@@ -271,8 +289,12 @@ def test_every_field_is_read_by_some_method(tmp_path):
             # Settings are read while the step is traced.
             setup.jit_train_step().trace(setup.abstract_state, first_batch(setup))
         read |= seen
-    config = dataclasses.replace(smoke("clip"), init_from=str(tmp_path))
+    config = dataclasses.replace(smoke("clip"), init_from=str(tmp_path / "run"))
     with reads_recorded(config) as seen:
         init_from.start(Setup(config, jax.devices()[:1]), print)
     read |= seen
     assert set(leaves(config)) - read == set()
+    # What notes the reads does tell what is not read.
+    with reads_recorded(config) as seen:
+        assert config.optim.peak_lr > 0
+    assert seen == {"optim", "optim.peak_lr"}

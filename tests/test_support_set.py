@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from declip_jax import support_set
 from declip_jax.checkpoint import Checkpoints
+from declip_jax.losses import options
 from declip_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from declip_jax.state import TrainState
 from tests.hlo import largest_collective
@@ -231,3 +232,11 @@ def test_settings_that_cannot_work_are_refused(wrong, message):
     support_set.check(**right)
     with pytest.raises(ValueError, match=f"config.loss.support_set.{message}"):
         support_set.check(**{**right, **wrong})
+
+
+@pytest.mark.parametrize("field", ["size", "neighbors", "young_steps"])
+def test_numbers_below_one_are_refused_when_the_section_is_read(field):
+    with pytest.raises(ValueError, match=f"config.loss.support_set.{field}=0 must be at least 1"):
+        options.SupportSet.read(
+            dict(size=64, neighbors=1, young_steps=1) | {field: 0}, "config.loss.support_set"
+        )
